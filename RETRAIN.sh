@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# From nothing to a trained, merged, tested model.
+#
+#   ./RETRAIN.sh              FunctionGemma 270M, the default recipe (7 epochs)
+#   ./RETRAIN.sh --demo       the embedded stand-in, a short recipe: no account, no GPU, under 40 minutes on 2 cores
+#   ./RETRAIN.sh --resume     go on with the newest attempt, at the stage and step where it stopped
+#
+# Every other flag goes to train_conversation.py (see its --help), say --learning_rate 2e-5.
+# Exit status: 0 published; 1 tried and failed; 2 not started; 130 or 143 stopped, to be resumed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+stages=6
+stage() { printf '\n[%s/%s] %s\n' "$1" "$stages" "$2"; }
+fail() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
+
+resume=() flags=() base_flags=()
+for flag in "$@"; do
+    case "$flag" in
+        -h | --help) sed -n '2,/^set -e/{/^set -e/!s/^# \{0,1\}//p}' RETRAIN.sh; exit 0 ;;
+        --resume) resume=(--resume) ;;
+        --run_dir* | --check_data | --json) fail "$flag is not for RETRAIN.sh" "it goes to train_conversation.py" ;;
+        *) flags+=("$flag") ;;
+    esac
+done
+
+# 1. The environment: .venv with the pinned packages, made once and again when requirements.txt changes.
+stage 1 "Environment"
+source scripts/environment.sh
+python=$(prepare_environment requirements.txt)
+
+# One retrain at a time: the lock lives as long as this shell or a child of it does.
+root=training-runs/conversation
+mkdir -p "$root/attempts"
+exec 9>>"$root/attempts/.lock"
+"$python" -m conversation.runs lock 9
+
+# Each stage runs as a child that Ctrl-C and SIGTERM reach, so that it can save its work; RETRAIN.sh ends as it does.
+child=
+trap '[ -z "$child" ] || kill -INT "$child"' INT
+trap '[ -z "$child" ] || kill -TERM "$child"' TERM
+run() {
+    local status=0
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    while kill -0 "$child" 2>/dev/null; do
+        status=0
+        wait "$child" || status=$?
+    done
+    child=
+    return "$status"
+}
+
+# 2. Base model, data and tokenizer: everything is checked before anything is touched.
+stage 2 "Base model, data, tokenizer"
+if [ ${#resume[@]} -eq 0 ]; then
+    run "$python" train_conversation.py --check_data "${flags[@]}"
+    attempt=$("$python" -m conversation.runs begin)
+    resume_training=()
+else
+    attempt=$("$python" -m conversation.runs newest)
+    [ -n "$attempt" ] || { echo "Nothing to resume: the last attempt is published, see $root/latest"; exit 0; }
+    resume_training=(--resume)
+    [ -e "$attempt/run.json" ] || resume_training=()
+fi
+echo "Attempt: $attempt"
+trap 'echo "The attempt is kept in $attempt with its console.log; what was published before is untouched." >&2' ERR
+
+stage 3 "Train"
+run "$python" train_conversation.py --run_dir "$attempt" "${resume_training[@]}" "${flags[@]}"
+
+stage 4 "Merge and verify"
+run "$python" merge_conversation_model.py --run_dir "$attempt" "${resume[@]}"
+
+stage 5 "Structural tests"
+run "$python" test_conversation_model.py --run_dir "$attempt" "${resume[@]}"
+
+stage 6 "Publish"
+published=$("$python" -m conversation.runs publish "$attempt" "$(printf '%q ' ./RETRAIN.sh "${flags[@]}" | sed 's/ $//')")
+trap - ERR
+printf '\nPublished: %s (and %s/latest)\nReport:    %s/report.md\n' "$published" "$root" "$published"

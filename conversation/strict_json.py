@@ -1,0 +1,63 @@
+"""JSON from outside, read strictly: UTF-8, no duplicate keys, no NaN, no unpaired surrogates, bounded nesting."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class JsonError(ValueError):
+    """Text that is not strict JSON; the message says why and where."""
+
+
+def loads(text: str) -> Any:
+    """Parse one JSON value. Raises JsonError."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise JsonError(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise JsonError("not readable: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise JsonError(f"not readable: {error}") from None
+    if "\\u" in text or _SURROGATE.search(text):
+        _refuse_surrogates(value)
+    return value
+
+
+def decode_utf8(data: bytes) -> str:
+    """Decode a file's bytes; a byte order mark at its start is dropped. Raises JsonError with the position."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JsonError(f"not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise JsonError(f"the key {key!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise JsonError(f"{name} is not JSON")
+
+
+def _refuse_surrogates(value: Any) -> None:
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            if found := _SURROGATE.search(item):
+                raise JsonError(f"unpaired surrogate U+{ord(found[0]):04X} in {item[:40]!r}")
+        elif isinstance(item, dict):
+            todo += item.keys()
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item

@@ -1,0 +1,130 @@
+"""Every path, name and hyperparameter, once.
+
+Precedence: a flag on the command line, then the demo recipe when `--demo` is given, then the defaults below. What a run
+really used stands in its `run.json`. Importing this module is cheap: no torch, no transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent
+TRAINING_RUNS = PROJECT / "training-runs" / "conversation"
+HELD_OUT_QUESTIONS = PROJECT / "data" / "held_out_questions.jsonl"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conversation-training"
+
+FUNCTION_GEMMA = "google/functiongemma-270m-it"
+STAND_IN = "gemma-3-270m"
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_NEW_TOKENS = 300  # an answer of 4 + 3 calls takes about 200 tokens
+
+
+def setting(default: Any, text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The settings of one training run; each field is a flag of `train_conversation.py`."""
+
+    base_model: str = setting(FUNCTION_GEMMA, f"hub name, local folder, or {STAND_IN} for the embedded stand-in")
+    training_data: str = setting("data/conversation_trees", "folder of conversation trees, or JSONL file")
+    domains: str = setting("", "train on these domains of the trees only, separated by commas (default: all)")
+    loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
+    held_out_share: float = setting(0.1, "share of the examples, by whole trees, kept for the held-out loss")
+
+    num_train_epochs: float = setting(7.0, "passes over the training data")
+    max_steps: int = setting(-1, "stop after this many optimizer steps (-1: as num_train_epochs says)")
+    learning_rate: float = setting(1e-5, "peak learning rate of AdamW")
+    lr_scheduler_type: str = setting("cosine", "course of the learning rate after the warm-up")
+    warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm when it is longer")
+    per_device_train_batch_size: int = setting(1, "examples per device and accumulation step")
+    gradient_accumulation_steps: int = setting(8, "accumulation steps per optimizer step")
+    max_length: int = setting(2048, "longest example in tokens; a longer one is an error, never cut")
+
+    lora_r: int = setting(16, "rank of the adapters")
+    lora_alpha: int = setting(32, "the adapters' output is scaled by alpha / rank")
+    lora_dropout: float = setting(0.05, "dropout on the adapters' input")
+
+    logging_steps: int = setting(5, "the logged loss is the mean over a window of this many steps")
+    save_steps: int = setting(50, "steps between checkpoints; the newest 3 are kept")
+    seed: int = setting(42, "seed of adapters, order of the data and dropout")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that lists every setting that cannot be right."""
+        problems = []
+        for name in ("learning_rate", "max_length", "lora_r", "lora_alpha", "logging_steps", "save_steps"):
+            if not getattr(self, name) > 0:
+                problems.append(f"--{name} must be greater than 0, not {getattr(self, name)}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                problems.append(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+            if not getattr(self, name) >= 0:
+                problems.append(f"--{name} must not be negative, not {getattr(self, name)}")
+        for name in ("held_out_share", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"--{name} must be at least 0 and less than 1, not {getattr(self, name)}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            problems.append(f"--max_steps must be at least 1, or -1, not {self.max_steps}")
+        if not self.num_train_epochs > 0:
+            problems.append(f"--num_train_epochs must be greater than 0, not {self.num_train_epochs}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.domains.split(",") if name.strip())
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples per optimizer step and process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+DEMO_RECIPE: dict[str, Any] = {
+    "base_model": STAND_IN,
+    "max_steps": 60,
+    "learning_rate": 5e-4,
+    "warmup_steps": 10,
+    "save_steps": 20,
+}
+"""A short recipe that teaches the stand-in the format on two CPU cores. What was tried: benchmarks/README.md."""
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of TrainingConfig, with its help and default, and `--demo`."""
+    parser.add_argument("--demo", action="store_true", help=f"the short recipe on the stand-in: {DEMO_RECIPE}")
+    for spec in fields(TrainingConfig):
+        kind = type(spec.default)
+        parser.add_argument(
+            f"--{spec.name}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            choices=spec.metadata.get("choices"),
+            metavar=None if spec.metadata.get("choices") else kind.__name__.upper(),
+            help=f"{spec.metadata['help']} (default: {spec.default if spec.default != '' else 'none'})",
+        )
+
+
+def training_config(args: argparse.Namespace) -> TrainingConfig:
+    """The settings that parsed flags ask for. Raises ValueError."""
+    given = {spec.name: getattr(args, spec.name) for spec in fields(TrainingConfig) if hasattr(args, spec.name)}
+    return TrainingConfig(**{**(DEMO_RECIPE if args.demo else {}), **given})
+
+
+def quiet_libraries() -> None:
+    """Their progress bars and notices would bury ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Merge a run's adapters and its base into one FP32 model, verified.
+
+    merge_conversation_model.py                         the newest run
+    merge_conversation_model.py --run_dir training-runs/conversation/2026-11-22
+
+Leaves merged_model_fp32/ in the run folder: it gets that name only after the model, read back from disk, said what base
+and adapters say. Exit status: 0 merged and verified; 1 tried and failed; 2 not started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from conversation.errors import UserError, run_main
+from conversation.examples import read_jsonl
+from conversation.runs import RunFolder, check_room, console_kept, differing_file, hold, newest_run, now, shown
+from conversation_config import quiet_libraries
+
+COMPARED_PROMPTS = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
+    parser.add_argument("--base_model", help="where the base is now (default: what the run was trained on)")
+    parser.add_argument("--resume", action="store_true", help="do nothing when the merged model is there and intact")
+    args = parser.parse_args()
+    run = RunFolder((args.run_dir or newest_run().path).resolve())
+    if not run.run_json.exists():
+        raise UserError(f"{shown(run.path)} is not a run folder: it has no run.json")
+    with hold(run.path), console_kept(run):
+        return merge_in(run, args.base_model, args.resume)
+
+
+def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
+    """Merge in a run folder that this process holds."""
+    record = run.read()
+    if not record.get("training"):
+        raise UserError(
+            f"the training in {shown(run.path)} is not finished", "finish it: train_conversation.py --resume"
+        )
+    if resume and record.get("merge") and merged_is_intact(run, record["merge"]):
+        print("The model is merged and verified already.")
+        return 0
+    if problem := differing_file(run.final_lora, record["training"]["adapter_files"]):
+        raise UserError(f"the adapters are not those of the training: {problem}", "train again with --resume")
+
+    quiet_libraries()
+    from conversation import base_models, merging, reporting
+
+    base_folder = base_models.find_base_model(base_model or record["base_model"]["name"])
+    if base_models.weights_hash(base_folder) != record["base_model"]["weights_sha256"]:
+        raise UserError(
+            f"the adapters were trained on other weights than those of {base_model or record['base_model']['name']}",
+            f"the run's base is {record['base_model']['name']}, SHA-256 {record['base_model']['weights_sha256'][:12]}",
+        )
+    size = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
+    check_room(run.path, int(1.1 * size), "the merged model")
+    print("Merging in FP32, then reading the model back from disk ...", flush=True)
+    prompts = [example.prompt for example in read_jsonl(run.training_data)[:COMPARED_PROMPTS]]
+    result = merging.merge(base_folder, run.final_lora, run.merged_model, prompts)
+    run.update(merge={**dataclasses.asdict(result), "finished": now()}, structural_tests=None)
+    reporting.write_report(run)
+    print(
+        f"Merged: {shown(run.merged_model)}, {result.model_bytes / 1e9:.2f} GB. On {result.prompts} prompts the logits "
+        f"differ from base + adapters by at most {result.largest_logit_difference:.1e} (largest logit "
+        f"{result.largest_logit:.1f}), greedy continuations are equal. Peak memory "
+        f"{result.peak_memory_bytes / 1e9:.2f} GB, {result.peak_memory_bytes / result.model_bytes:.2f} times the model."
+    )
+    return 0
+
+
+def merged_is_intact(run: RunFolder, merge: dict) -> bool:
+    problem = differing_file(run.merged_model, merge["files"])
+    if problem:
+        print(f"The model is merged again: {problem}")
+    return problem is None
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Put the three structural tests to a merged model.
+
+    test_conversation_model.py                                 the newest run
+    test_conversation_model.py --run_dir RUN                   that run
+    test_conversation_model.py --model FOLDER                  a merged model folder by itself, writes nothing
+
+Each test passes when the whole answer, decoded greedily, is valid: 1 to 4 add_text calls, then exactly 3 add_choice
+calls, then the end of the turn. Twenty held-out questions are asked besides and counted; they do not gate.
+Leaves structural_tests.json and report.md in the run folder. Exit status: 0 all three passed; 1 one failed; 2 not started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conversation.errors import TRIED_AND_FAILED, UserError, run_main
+from conversation.runs import (
+    RunFolder,
+    console_kept,
+    differing_file,
+    hold,
+    newest_run,
+    now,
+    read_json,
+    shown,
+    write_json,
+)
+from conversation.structural_tests import THREE_CASES, Verdict, read_questions, run_cases
+from conversation_config import HELD_OUT_QUESTIONS, quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
+    which.add_argument("--model", type=Path, help="a merged model folder")
+    parser.add_argument("--questions", type=Path, default=HELD_OUT_QUESTIONS, help="held-out questions, JSONL")
+    parser.add_argument("--resume", action="store_true", help="do nothing when this model has passed already")
+    args = parser.parse_args()
+    quiet_libraries()
+    if args.model:
+        three, questions = test_model(args.model.resolve(), args.questions)
+        return 0 if all(verdict.passed for verdict in three) else TRIED_AND_FAILED
+    run = RunFolder((args.run_dir or newest_run().path).resolve())
+    if not run.run_json.exists():
+        raise UserError(f"{shown(run.path)} is not a run folder: it has no run.json")
+    with hold(run.path), console_kept(run):
+        return test_run(run, args.questions, args.resume)
+
+
+def test_run(run: RunFolder, questions_file: Path, resume: bool) -> int:
+    """Test the model of a run folder that this process holds."""
+    from conversation import reporting
+
+    record = run.read()
+    if not record.get("merge"):
+        raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
+    if resume and (record.get("structural_tests") or {}).get("passed"):
+        print("The model has passed its tests already.")
+        return 0
+    if problem := differing_file(run.merged_model, record["merge"]["files"]):
+        raise UserError(f"the merged model is not the one that was verified: {problem}", "merge it again")
+    three, questions = test_model(run.merged_model, questions_file, record["tokenizer"]["fingerprint"])
+    passed = all(verdict.passed for verdict in three)
+    summary = {
+        "passed": passed,
+        "passed_tests": sum(verdict.passed for verdict in three),
+        "held_out_questions": len(questions),
+        "held_out_valid": sum(verdict.passed for verdict in questions),
+        "held_out_distinct": sum(verdict.has_distinct_choices for verdict in questions),
+        "finished": now(),
+    }
+    tests = [verdict.as_dict() for verdict in three]
+    write_json(
+        run.structural_tests, {**summary, "tests": tests, "held_out": [verdict.as_dict() for verdict in questions]}
+    )
+    run.update(structural_tests=summary)
+    reporting.write_report(run)
+    return 0 if passed else TRIED_AND_FAILED
+
+
+def test_model(
+    folder: Path, questions_file: Path, expected_fingerprint: str | None = None
+) -> tuple[list[Verdict], list[Verdict]]:
+    """Check the tokenizer, ask the three cases and the held-out questions, print the verdicts."""
+    questions = read_questions(questions_file)
+    model, tokenizer = load_verified(folder, expected_fingerprint)
+    started = time.monotonic()
+    three = run_cases(model, tokenizer, THREE_CASES)
+    print_table(three)
+    print(f"{sum(verdict.passed for verdict in three)} of {len(three)} structural tests passed.", flush=True)
+    asked = run_cases(model, tokenizer, questions)
+    valid, distinct = sum(v.passed for v in asked), sum(v.has_distinct_choices for v in asked)
+    print(
+        f"Of {len(asked)} held-out questions, {valid} have a valid answer, {distinct} with three distinct follow-ups."
+    )
+    print(f"{len(three) + len(asked)} answers in {time.monotonic() - started:.0f} s.")
+    return three, asked
+
+
+def load_verified(folder: Path, expected_fingerprint: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a merged folder. Raises UserError unless the tokenizer is the one of the training."""
+    from conversation import base_models, tokenizer
+    from conversation.merging import MANIFEST
+
+    if not folder.is_dir():
+        raise UserError(f"there is no merged model at {folder}", "merge_conversation_model.py makes one")
+    if not (folder / MANIFEST).exists():
+        raise UserError(
+            f"{folder} is not a merged model: it has no {MANIFEST}", "merge_conversation_model.py makes one"
+        )
+    manifest = read_json(folder / MANIFEST)
+    if problem := differing_file(folder, manifest.get("files", {})):
+        raise UserError(f"the merged model is broken: {problem}", "merge it again")
+    expected = expected_fingerprint or manifest.get("tokenizer_fingerprint")
+    loaded, _, found = tokenizer.audit(folder, [], expected)
+    print(f"{shown(folder)}: {found}")
+    return base_models.load_model(folder).eval(), loaded
+
+
+def print_table(verdicts: Sequence[Verdict]) -> None:
+    print(f"\n{'test':16} {'question':18} {'verdict':8} {'texts':>5} {'choices':>7}  remarks")
+    for verdict in verdicts:
+        texts, choices = (len(verdict.answer.texts), len(verdict.answer.choices)) if verdict.answer else ("-", "-")
+        remarks = "; ".join(verdict.warnings) or (verdict.problem or "")
+        word = "passed" if verdict.passed else "FAILED"
+        print(f"{verdict.case.name:16} {verdict.case.prompt.question:18} {word:8} {texts:>5} {choices:>7}  {remarks}")
+    for verdict in verdicts:
+        print(f"\n--- {verdict.case.name}: {verdict.case.prompt.question}")
+        if verdict.answer:
+            for text in verdict.answer.texts:
+                print(f"    {text}")
+            for choice in verdict.answer.choices:
+                print(f"    > {choice.confidence}  {choice.text}  ({choice.target})")
+        else:
+            print(verdict.marked_output)
+    print()
+
+
+if __name__ == "__main__":
+    run_main(main)

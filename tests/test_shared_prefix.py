@@ -1,0 +1,440 @@
+"""The shared-prefix step against the plain computation: one example at a time, full logits, torch's cross entropy."""
+
+import copy
+
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from conversation import shared_prefix
+from conversation.shared_prefix import (
+    TokenBudget,
+    TokenSequence,
+    backward_in_micro_batches,
+    build_prefix_tree,
+    measure_token_budget,
+    shared_prefix_loss,
+    split_into_micro_batches,
+    use_shared_prefix_attention,
+)
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VOCABULARY = 61
+WINDOW = 7  # shorter than most of the sequences below
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def gemma3(**changes):
+    config = {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8}
+    config |= {"sliding_window": WINDOW, "layer_types": LAYER_TYPES}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | config | changes))
+
+
+def qwen2():
+    config = {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": WINDOW}
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE | config | {"layer_types": LAYER_TYPES}))
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_key_value_heads": 4, "tie_word_embeddings": True}))
+
+
+ARCHITECTURES = {
+    "gemma3": gemma3,
+    "gemma3 with capped logits": lambda: gemma3(final_logit_softcapping=2.0),
+    "qwen2": qwen2,
+    "llama": llama,
+}
+
+
+def with_adapters(base, dropout=0.0):
+    """LoRA on all projections, both factors random, so that every adapter has a gradient."""
+    lora = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=PROJECTIONS, init_lora_weights=False)
+    return get_peft_model(base, lora)
+
+
+def in_float64(model):
+    """Norms and rotary tables of transformers go through float32 whatever the model's type; not what is tested here."""
+    model = model.double()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            gain = 1 + module.weight if "Gemma" in type(module).__name__ else module.weight
+            eps = getattr(module, "eps", None) or module.variance_epsilon
+            module.forward = lambda x, gain=gain, eps=eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
+    return model
+
+
+def make_pair(architecture="gemma3", dropout=0.0):
+    """(prepared for the shared-prefix step, untouched), with equal weights."""
+    torch.manual_seed(0)
+    base = ARCHITECTURES[architecture]()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    plain = with_adapters(base, dropout)
+    plain.get_base_model().set_attn_implementation("sdpa")
+    shared = copy.deepcopy(plain)
+    use_shared_prefix_attention(shared)
+    return in_float64(shared), in_float64(plain)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def pair(request):
+    return make_pair(request.param)
+
+
+@pytest.fixture(scope="module")
+def gemma_pair():
+    return make_pair()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Tiny models have tiny tensors: with blocks to match, several tiles and blocks take part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefix, "TILE_TOKENS", 5)
+        patch.setattr(shared_prefix, "HEAD_BLOCK_ROWS", 9)
+        patch.setattr(shared_prefix, "CPU_HEAD_BLOCK_BYTES", 9 * 20 * 8)
+        yield
+
+
+def adapter_gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def plain_loss_and_gradients(model, sequences):
+    model.zero_grad()
+    loss_sum = 0.0
+    for sequence in sequences:
+        logits = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0]
+        labels = torch.tensor([i if label else -100 for i, label in zip(sequence.ids, sequence.is_label)])
+        loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum, adapter_gradients(model)
+
+
+def shared_loss_and_gradients(model, sequences, tokens=10**6):
+    model.zero_grad()
+    result = backward_in_micro_batches(model, sequences, 1.0, TokenBudget(tokens))
+    return result.loss_sum.item(), adapter_gradients(model)
+
+
+def largest_difference(ours, theirs):
+    """The largest relative error of the loss and of any adapter's gradient."""
+    assert ours[1].keys() == theirs[1].keys()
+    scale = max(gradient.norm() for gradient in theirs[1].values())
+    errors = [((ours[1][name] - theirs[1][name]).norm() / (theirs[1][name].norm() + 1e-6 * scale)) for name in ours[1]]
+    return max(abs(ours[0] - theirs[0]) / theirs[0], *(error.item() for error in errors))
+
+
+def sequence(ids, first_label):
+    return TokenSequence(tuple(ids), tuple(i >= first_label for i in range(len(ids))))
+
+
+# Two tokens make shared prefixes, prefixes of one another and duplicates; many tokens make batches that share nothing.
+token_lists = st.one_of(
+    st.lists(st.integers(3, 4), min_size=2, max_size=24),
+    st.lists(st.integers(3, VOCABULARY - 1), min_size=2, max_size=24),
+)
+
+
+@st.composite
+def sequences_of_a_tree(draw):
+    trunk = draw(st.lists(st.integers(3, VOCABULARY - 1), max_size=20))
+    sequences = []
+    for branch in draw(st.lists(token_lists, min_size=1, max_size=5)):
+        ids = [1, *trunk[: draw(st.integers(0, len(trunk)))], *branch]
+        if draw(st.booleans()):  # labels on a completion, or on all tokens
+            sequences.append(sequence(ids, first_label=len(ids) - draw(st.integers(1, len(branch)))))
+        else:
+            sequences.append(sequence(ids, first_label=1))
+    duplicates = draw(st.lists(st.sampled_from(sequences), max_size=2))
+    return draw(st.permutations(sequences + duplicates))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same loss and the same gradients
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences=sequences_of_a_tree())
+def test_loss_and_every_gradient_are_those_of_the_plain_computation(pair, sequences):
+    shared, plain = pair
+    difference = largest_difference(
+        shared_loss_and_gradients(shared, sequences), plain_loss_and_gradients(plain, sequences)
+    )
+    assert difference < 1e-10
+
+
+@settings(max_examples=30, deadline=None)
+@given(sequences=sequences_of_a_tree(), tokens=st.integers(1, 60))
+def test_micro_batches_and_checkpointing_change_nothing(gemma_pair, sequences, tokens):
+    shared, plain = gemma_pair
+    shared.train()
+    ours = shared_loss_and_gradients(shared, sequences, tokens)
+    assert largest_difference(ours, plain_loss_and_gradients(plain, sequences)) < 1e-10
+    assert not shared.get_base_model().is_activation_checkpointing
+
+
+def test_evaluation_without_gradient_gives_the_same_loss(gemma_pair):
+    shared, plain = gemma_pair
+    sequences = [sequence([1, *range(5, 25)], 3), sequence([1, *range(5, 15), *range(30, 40)], 12)]
+    with torch.no_grad():
+        loss = shared_prefix_loss(shared, build_prefix_tree(sequences))
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(plain_loss_and_gradients(plain, sequences)[0], rel=1e-10)
+
+
+def test_examples_that_are_equal_share_their_dropout_masks():
+    shared, _ = make_pair(dropout=0.3)
+    shared.train()
+    example = sequence([1, *range(5, 25)], 8)
+    torch.manual_seed(1)
+    once, once_gradients = shared_loss_and_gradients(shared, [example])
+    torch.manual_seed(1)
+    twice, twice_gradients = shared_loss_and_gradients(shared, [example, example])
+    torch.manual_seed(2)
+    other, _ = shared_loss_and_gradients(shared, [example])
+    assert twice == pytest.approx(2 * once, rel=1e-12)
+    for name, gradient in once_gradients.items():
+        torch.testing.assert_close(twice_gradients[name], 2 * gradient)
+    assert other != pytest.approx(once, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The structure
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(sequences=sequences_of_a_tree())
+def test_a_tree_holds_each_distinct_prefix_once(sequences):
+    tree = build_prefix_tree(sequences)
+    prefixes = {s.ids[:end] for s in sequences for end in range(1, len(s.ids))}
+    assert tree.num_tokens == len(prefixes)
+    assert tree.num_labels == sum(sum(s.is_label) for s in sequences)
+    assert tree.num_sequence_tokens == sum(len(s.ids) for s in sequences)
+    shuffled = build_prefix_tree(sequences[::-1])
+    assert torch.equal(tree.input_ids, shuffled.input_ids)
+
+
+@given(sequences=sequences_of_a_tree(), tokens=st.integers(1, 80))
+def test_micro_batches_hold_every_example_and_fit(sequences, tokens):
+    groups = split_into_micro_batches(sequences, tokens)
+    assert sorted(s.ids for group in groups for s in group) == sorted(s.ids for s in sequences)
+    for group in groups:
+        assert build_prefix_tree(group).num_tokens <= max(tokens, max(len(s.inputs) for s in group))
+        assert len({s.inputs for s in group}) == 1 or build_prefix_tree(group).num_tokens <= tokens
+
+
+def test_what_is_no_training_example_is_refused():
+    with pytest.raises(ValueError, match="first token"):
+        TokenSequence((1, 2), (True, True))
+    with pytest.raises(ValueError, match="label marks"):
+        TokenSequence((1, 2), (False,))
+    with pytest.raises(ValueError, match="none of the examples has a label"):
+        build_prefix_tree([TokenSequence((1, 2), (False, False))])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made while it is active."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **kwargs or {})
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self.parameters:
+                self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return results
+
+
+def test_no_tensor_of_tokens_times_vocabulary():
+    vocabulary = 50 * VOCABULARY
+    model = with_adapters(gemma3(vocab_size=vocabulary))
+    use_shared_prefix_attention(model)
+    sequences = [sequence([1, *range(5, 60)], 1), sequence([1, *range(100, 160)], 1)]
+    with LargestTensor(model) as largest:
+        backward_in_micro_batches(model, sequences, 1.0, TokenBudget(10**6))
+    tokens = build_prefix_tree(sequences).num_tokens
+    assert largest.bytes <= 4 * tokens * SHAPE["intermediate_size"] < 4 * tokens * vocabulary / 50
+
+
+def test_a_step_that_runs_out_of_memory_starts_again_in_smaller_parts(monkeypatch):
+    shared, _ = make_pair(dropout=0.3)
+    shared.train()
+    sequences = [sequence([1, *range(start, start + 20)], 4) for start in (5, 15, 25, 35)]
+
+    torch.manual_seed(5)
+    shared.zero_grad()
+    backward_in_micro_batches(shared, sequences[:1], 1.0, TokenBudget(100))  # gradients the step must not lose
+    backward_in_micro_batches(shared, sequences, 0.1, TokenBudget(25))
+    expected = adapter_gradients(shared)
+
+    calls = []
+
+    def fails_twice(model, tree):
+        calls.append(tree.num_tokens)
+        if len(calls) in (2, 4):  # at the first micro-batch of the second step, and at a later one
+            raise RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return shared_prefix_loss(model, tree)
+
+    monkeypatch.setattr(shared_prefix, "shared_prefix_loss", fails_twice)
+    torch.manual_seed(5)
+    shared.zero_grad()
+    budget = TokenBudget(100)
+    backward_in_micro_batches(shared, sequences[:1], 1.0, budget)
+    result = backward_in_micro_batches(shared, sequences, 0.1, budget)
+    assert (budget.tokens, result.num_micro_batches) == (25, 4)
+    for name, gradient in adapter_gradients(shared).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
+def test_memory_that_never_suffices_is_an_error(gemma_pair, monkeypatch):
+    def fails(model, tree):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(shared_prefix, "shared_prefix_loss", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        backward_in_micro_batches(gemma_pair[0], [sequence(range(1, 20), 3)], 1.0, TokenBudget(100))
+
+
+def test_the_budget_follows_the_free_memory(gemma_pair, monkeypatch):
+    budgets = []
+    for free in (2**26, 2**27):
+        monkeypatch.setattr(shared_prefix, "_free_bytes", lambda device, free=free: free)
+        state = torch.get_rng_state()
+        budgets.append(measure_token_budget(gemma_pair[0]).tokens)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert budgets[1] == pytest.approx(2 * budgets[0], abs=1)
+    # per token and layer at least the inputs of seven projections, in float64
+    assert 2**26 / budgets[0] > 3 * 8 * (4 * 24 + 2 * 32 + 40)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other uses of the model, and models it cannot serve
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_tree_the_model_is_the_plain_model(pair):
+    shared, plain = (model.eval() for model in pair)
+    ids = torch.tensor([[0, 0, 1, *range(5, 20)], [1, *range(30, 47)]])
+    mask = (ids != 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ours, theirs = (model(ids, attention_mask=mask, position_ids=positions).logits for model in (shared, plain))
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=0, atol=0)
+    ours, theirs = (
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        for model in (shared, plain)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def trainable_head():
+    model = llama()
+    model.lm_head.weight.requires_grad_(True)
+    return model
+
+
+def scaled_logits():
+    return CohereForCausalLM(CohereConfig(**SHAPE, num_key_value_heads=4, logit_scale=0.5)).requires_grad_(False)
+
+
+def capped_attention():
+    config = {"num_key_value_heads": 2, "head_dim": 6, "attn_logit_softcapping": 50.0}
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE | config)).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [(trainable_head, "frozen"), (scaled_logits, "plain loss"), (capped_attention, "softcap")],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_models_with_another_loss_are_refused(make, reason):
+    torch.manual_seed(0)
+    model = make()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    with pytest.raises(ValueError, match=reason):
+        use_shared_prefix_attention(model)
+
+
+def test_a_model_that_was_not_prepared_is_refused(gemma_pair):
+    with pytest.raises(ValueError, match="use_shared_prefix_attention"):
+        shared_prefix_loss(gemma_pair[1], build_prefix_tree([sequence([1, 2, 3], 1)]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+DDP_SEQUENCES = [sequence([1, *range(5, 5 + n), *range(20 + n, 40)], 4 + n) for n in range(6)]
+DDP_PARTS = [DDP_SEQUENCES[:4], DDP_SEQUENCES[4:]]  # another number of examples, labels and micro-batches in each
+
+
+def _ddp_worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    shared, _ = make_pair()
+    model = torch.nn.parallel.DistributedDataParallel(shared, find_unused_parameters=rank >= 0)
+    budget = measure_token_budget(model)
+    assert budget.tokens > 1000
+    num_labels = sum(sum(s.is_label) for s in DDP_SEQUENCES)
+    for _ in range(2):  # a second step must find DDP in order
+        model.zero_grad()
+        backward_in_micro_batches(model, DDP_PARTS[rank], 2 / num_labels, TokenBudget(40))
+    torch.save(adapter_gradients(shared), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(gemma_pair, tmp_path):
+    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    shared, _ = gemma_pair
+    shared.zero_grad()
+    num_labels = sum(sum(s.is_label) for s in DDP_SEQUENCES)
+    backward_in_micro_batches(shared, DDP_SEQUENCES, 1 / num_labels, TokenBudget(10**6))
+    for name, gradient in adapter_gradients(shared).items():
+        torch.testing.assert_close(first[name], gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The real model
+# ----------------------------------------------------------------------------------------------------------------------

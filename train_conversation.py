@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""LoRA-train a base model on conversation trees, in FP32.
+
+    train_conversation.py --check_data                  validate data and tokenizer, print statistics, train nothing
+    train_conversation.py                               the default recipe on FunctionGemma
+    train_conversation.py --demo                        the short recipe on the embedded stand-in
+    train_conversation.py --resume                      go on with the newest run, where it stopped
+    accelerate launch --num_processes 2 train_conversation.py --gradient_accumulation_steps 4
+
+Leaves in the run folder: training_data.jsonl and held_out_data.jsonl (what was trained on, what was not), checkpoints/
+with final_lora/, run.json, metrics.jsonl, loss_curve.png, report.md, console.log.
+Exit status: 0 trained; 1 tried and failed; 2 not started; 130 or 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conversation.errors import UserError, list_problems, run_main
+from conversation.examples import length_summary, read_training_data, split_by_tree, statistics_of, to_jsonl
+from conversation.function_calls import Example
+from conversation.runs import (
+    RunFolder,
+    check_room,
+    console_kept,
+    environment,
+    hold,
+    new_run_folder,
+    newest_run,
+    now,
+    shown,
+    write_atomically,
+)
+from conversation_config import PROJECT, TrainingConfig, add_training_flags, quiet_libraries, training_config
+
+if TYPE_CHECKING:
+    from conversation.tokenizer import Audit, EncodedExample
+
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by accelerate launch
+CHECKPOINTS_BYTES = 4 * 60_000_000  # three checkpoints and the final adapters: weights and AdamW's two moments
+HARMLESS_CHANGES = ("num_train_epochs", "max_steps", "logging_steps", "save_steps")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that training needs, read and checked."""
+
+    config: TrainingConfig
+    base_folder: Path
+    training: list[Example]
+    held_out: list[Example]
+    encoded_training: list[EncodedExample]
+    encoded_held_out: list[EncodedExample]
+    audit: Audit
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_flags(parser)
+    parser.add_argument(
+        "--run_dir", type=Path, help="the run folder (default: a new one of today; with --resume: the newest)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint of the run")
+    parser.add_argument("--check_data", action="store_true", help="validate, print statistics, train nothing")
+    parser.add_argument("--json", action="store_true", help="with --check_data: print one JSON object")
+    for dtype in ("fp16", "bf16"):
+        parser.add_argument(f"--{dtype}", action="store_true", help="refused: this toolkit trains in FP32")
+    args = parser.parse_args()
+    refuse_half_precision(args)
+
+    run = RunFolder((args.run_dir or (newest_run().path if args.resume else new_run_folder().path)).resolve())
+    recorded = run.read() if args.resume else {}
+    config = settings(args, recorded)
+    quiet_libraries()
+    prepared = prepare(config)
+    if args.check_data:
+        print_statistics(prepared, as_json=args.json)
+        return 0
+    check_run_folder(run, args.resume)
+    check_room(run.path, CHECKPOINTS_BYTES, "training")
+    with hold(run.path) if IS_MAIN_PROCESS else contextlib.nullcontext():
+        with console_kept(run) if IS_MAIN_PROCESS else contextlib.nullcontext():
+            return train_in(run, prepared, recorded)
+
+
+def refuse_half_precision(args: argparse.Namespace) -> None:
+    if args.fp16:
+        raise UserError("FP16 is refused: Gemma 3's activations leave its range and turn to NaN", "train in FP32")
+    if args.bf16:
+        raise UserError("BF16 is refused: Turing cards have none, and a merged FP32 model needs FP32 adapters")
+
+
+def settings(args: argparse.Namespace, recorded: dict[str, Any]) -> TrainingConfig:
+    """The settings from the flags; with --resume those of the run, changed by the flags given."""
+    try:
+        config = training_config(args)
+        if not recorded:
+            return config
+        names = {spec.name for spec in dataclasses.fields(TrainingConfig)}
+        given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        return TrainingConfig(**{**recorded["config"], **given})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (KeyError, TypeError):
+        raise UserError("the run's run.json does not hold its settings: it is broken") from None
+
+
+def prepare(config: TrainingConfig) -> Prepared:
+    """Read and check base model, data and tokenizer. Raises UserError; changes nothing on disk but the model cache."""
+    data_path = Path(config.training_data).expanduser()
+    if not data_path.exists() and (PROJECT / data_path).exists():
+        data_path = PROJECT / data_path
+    examples = read_training_data(data_path, config.domain_names)
+
+    from conversation import base_models, tokenizer
+
+    base_folder = base_models.find_base_model(config.base_model)
+    _, encoded, audit = tokenizer.audit(base_folder, examples)
+    too_long = [
+        f"example {number}, which asks {example.prompt.question!r}: {len(ids)} tokens"
+        for number, (example, ids) in enumerate(zip(examples, encoded, strict=True), 1)
+        if len(ids) > config.max_length
+    ]
+    if too_long:
+        raise UserError(
+            f"{len(too_long)} examples are longer than {config.max_length} tokens:\n{list_problems(too_long)}",
+            "nothing is cut silently: shorten them, or raise --max_length",
+        )
+    training, held_out = split_by_tree(examples, config.held_out_share)
+    by_text = dict(zip((example.text for example in examples), encoded, strict=True))
+    return Prepared(
+        config,
+        base_folder,
+        training,
+        held_out,
+        [by_text[example.text] for example in training],
+        [by_text[example.text] for example in held_out],
+        audit,
+    )
+
+
+def data_statistics(prepared: Prepared) -> dict[str, Any]:
+    """What is in the data: structure, token lengths, share of label tokens, split, tokenizer."""
+    encoded = prepared.encoded_training + prepared.encoded_held_out
+    tokens = sum(len(ids) for ids in encoded)
+    return {
+        **statistics_of(prepared.training + prepared.held_out),
+        "training_examples": len(prepared.training),
+        "held_out_examples": len(prepared.held_out),
+        "token_lengths": length_summary([len(ids) for ids in encoded]),
+        "answer_token_lengths": length_summary([ids.num_answer_tokens for ids in encoded]),
+        "label_token_share": round(sum(ids.num_answer_tokens for ids in encoded) / tokens, 4),
+        "longer_than_maximum": 0,  # prepare() raises otherwise
+        "maximum_length": prepared.config.max_length,
+        "tokenizer_fingerprint": prepared.audit.fingerprint,
+        "examples_changed_by_fix_mistral_regex": prepared.audit.changed_by_flag,
+        "first_change_by_fix_mistral_regex": prepared.audit.first_change or None,
+    }
+
+
+def print_statistics(prepared: Prepared, as_json: bool) -> None:
+    found = data_statistics(prepared)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {item}" for key, item in value.items())
+        print(f"{name.replace('_', ' '):40} {value}")
+    print("The data and the tokenizer are fit for training.")
+
+
+def check_run_folder(run: RunFolder, resume: bool) -> None:
+    """Refuse to start a run in a folder that holds anything but what a run leaves before its first record."""
+    if resume or not run.path.exists() or not IS_MAIN_PROCESS:
+        return
+    ours = {".lock", run.console_log.name, run.training_data.name, run.held_out_data.name}
+    if run.run_json.exists():
+        raise UserError(f"{shown(run.path)} holds a run already", "go on with it: --resume; or name another --run_dir")
+    if others := [
+        path.name for path in run.path.iterdir() if path.name not in ours and not path.name.endswith(".part")
+    ]:
+        raise UserError(f"{shown(run.path)} is not empty: it holds {others[0]}", "name a new folder with --run_dir")
+
+
+def mismatches(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Each difference between a run and what it would be resumed with that would make it another run."""
+    found = []
+    for name, value in current["config"].items():
+        before = recorded["config"].get(name)
+        if before != value:
+            if name in HARMLESS_CHANGES:
+                print(f"--{name} is now {value}, was {before}: harmless, the run goes on")
+            else:
+                found.append(f"--{name}: the run has {before}, now {value}")
+    for section, key, what in (
+        ("data", "training_sha256", "the training data"),
+        ("data", "held_out_sha256", "the held-out data"),
+        ("base_model", "weights_sha256", "the base model's weights"),
+        ("tokenizer", "fingerprint", "the tokenizer"),
+    ):
+        before, value = recorded.get(section, {}).get(key), current[section][key]
+        if before != value:
+            found.append(f"{what}: the run has {str(before)[:12]}, now {value[:12]}")
+    return found
+
+
+def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> int:
+    """Train in a run folder that this process holds."""
+    import hashlib
+
+    from conversation import base_models, reporting, training
+
+    config = prepared.config
+    training_data, held_out_data = to_jsonl(prepared.training), to_jsonl(prepared.held_out)
+    record = {
+        "started": recorded.get("started") or now(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]] if not recorded else recorded["command"],
+        "config": config.as_dict(),
+        "data": {
+            "source": config.training_data,
+            "training_sha256": hashlib.sha256(training_data).hexdigest(),
+            "held_out_sha256": hashlib.sha256(held_out_data).hexdigest(),
+            "statistics": data_statistics(prepared),
+        },
+        "base_model": {
+            "name": config.base_model,
+            "weights_sha256": base_models.weights_hash(prepared.base_folder),
+        },
+        "tokenizer": {"fingerprint": prepared.audit.fingerprint},
+        **environment(),
+    }
+    checkpoint = None
+    if recorded:
+        if problems := mismatches(recorded, record):
+            raise UserError(
+                f"the run cannot be resumed with other settings:\n{list_problems(problems)}",
+                "repeat the flags of the run, or start a new one without --resume",
+            )
+        if recorded.get("training") and run.final_lora.exists():
+            print("The training is done already.")
+            return 0
+        checkpoint, problems = training.newest_intact_checkpoint(run.checkpoints)
+        for problem in problems:
+            print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
+        training.drop_newer_checkpoints(run.checkpoints, checkpoint)
+        print(
+            f"Resuming from {checkpoint.name}." if checkpoint else "No intact checkpoint: starting from the first step."
+        )
+    if IS_MAIN_PROCESS:
+        write_atomically(run.training_data, training_data)
+        write_atomically(run.held_out_data, held_out_data)
+        run.update(**record)
+        print(f"Run folder: {shown(run.path)}")
+        print(f"{len(prepared.training)} examples to train on, {len(prepared.held_out)} held out; {prepared.audit}")
+
+    base = base_models.load_model(prepared.base_folder)
+    data = training.TrainingSet(
+        [training.token_sequence(ids, config.loss_on) for ids in prepared.encoded_training],
+        [training.token_sequence(ids, config.loss_on) for ids in prepared.encoded_held_out],
+        [example.prompt.question for example in prepared.training],
+    )
+    result = training.train(base, data, config, run, checkpoint)
+    if IS_MAIN_PROCESS:
+        run.update(training={**dataclasses.asdict(result), "finished": now()})
+        reporting.write_report(run)
+        print(
+            f"Trained {result.steps} steps in {result.seconds / 60:.1f} minutes: loss {result.first_window_loss:.3f} "
+            f"in the first window, {result.last_window_loss:.3f} in the last"
+            + (f", {result.held_out_loss:.3f} held out." if result.held_out_loss is not None else ".")
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
