@@ -6,15 +6,19 @@
 #   ./RETRAIN.sh --resume     go on with the newest attempt, at the stage and step where it stopped
 #
 # Every other flag goes to train_conversation.py (see its --help), say --learning_rate 2e-5.
-# Exit status: 0 published; 1 tried and failed; 2 not started; 130 or 143 stopped, to be resumed.
+# Exit status: 0 published; 1 tried and failed; 2 not started; 129, 130 or 143 stopped, to be resumed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-stages=6
-stage() { printf '\n[%s/%s] %s\n' "$1" "$stages" "$2"; }
+stages=6 stage= stopped=0
+stage() {
+    [ "$stopped" -eq 0 ] || { echo "Stopped; go on with: ./RETRAIN.sh --resume"; exit "$stopped"; }
+    stage="$1/$stages $2"
+    printf '\n[%s/%s] %s\n' "$1" "$stages" "$2"
+}
 fail() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
 
-resume=() flags=() base_flags=()
+resume=() flags=()
 for flag in "$@"; do
     case "$flag" in
         -h | --help) sed -n '2,/^set -e/{/^set -e/!s/^# \{0,1\}//p}' RETRAIN.sh; exit 0 ;;
@@ -35,10 +39,13 @@ mkdir -p "$root/attempts"
 exec 9>>"$root/attempts/.lock"
 "$python" -m conversation.runs lock 9
 
-# Each stage runs as a child that Ctrl-C and SIGTERM reach, so that it can save its work; RETRAIN.sh ends as it does.
+# Each stage runs as a child that Ctrl-C, SIGTERM and a closed terminal reach, so that it can save its work; RETRAIN.sh
+# ends as it does, and begins no further stage.
 child=
-trap '[ -z "$child" ] || kill -INT "$child"' INT
-trap '[ -z "$child" ] || kill -TERM "$child"' TERM
+stop() { stopped=$2; [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null || true; }
+trap 'stop HUP 129' HUP
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
 run() {
     local status=0
     set -m
@@ -57,16 +64,26 @@ run() {
 stage 2 "Base model, data, tokenizer"
 if [ ${#resume[@]} -eq 0 ]; then
     run "$python" train_conversation.py --check_data "${flags[@]}"
-    attempt=$("$python" -m conversation.runs begin)
+    attempt=$("$python" -m conversation.runs begin -- "${flags[@]}")
     resume_training=()
 else
     attempt=$("$python" -m conversation.runs newest)
-    [ -n "$attempt" ] || { echo "Nothing to resume: the last attempt is published, see $root/latest"; exit 0; }
+    if [ -z "$attempt" ]; then
+        [ -e "$root/latest" ] || fail "there is no attempt to resume" "begin one: ./RETRAIN.sh"
+        echo "Nothing to resume: no attempt is under way, the last published run is $root/latest"
+        exit 0
+    fi
+    mapfile -d '' -t began_with < <("$python" -m conversation.runs flags "$attempt")
+    flags=("${began_with[@]}" "${flags[@]}")
     resume_training=(--resume)
     [ -e "$attempt/run.json" ] || resume_training=()
 fi
 echo "Attempt: $attempt"
-trap 'echo "The attempt is kept in $attempt with its console.log; what was published before is untouched." >&2' ERR
+failed() {
+    printf '%s RETRAIN.sh: stage %s ended with status %s\n' "$(date '+%F %T')" "$stage" "$1" >>"$attempt/console.log" || true
+    echo "The attempt is kept in $attempt with its console.log; what was published before is untouched." >&2
+}
+trap 'failed $?' ERR
 
 stage 3 "Train"
 run "$python" train_conversation.py --run_dir "$attempt" "${resume_training[@]}" "${flags[@]}"

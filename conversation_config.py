@@ -7,6 +7,7 @@ really used stands in its `run.json`. Importing this module is cheap: no torch, 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -41,7 +42,11 @@ class TrainingConfig:
     num_train_epochs: float = setting(7.0, "passes over the training data")
     max_steps: int = setting(-1, "stop after this many optimizer steps (-1: as num_train_epochs says)")
     learning_rate: float = setting(1e-5, "peak learning rate of AdamW")
-    lr_scheduler_type: str = setting("cosine", "course of the learning rate after the warm-up")
+    lr_scheduler_type: str = setting(
+        "cosine",
+        "course of the learning rate after the warm-up",
+        choices=("cosine", "linear", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    )
     warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm when it is longer")
@@ -60,6 +65,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Raises ValueError that lists every setting that cannot be right."""
         problems = []
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"--{spec.name} must be finite, not {value}")
+            elif isinstance(value, int) and value >= 2**32:
+                problems.append(f"--{spec.name} must be less than 2^32, not {value}")
         for name in ("learning_rate", "max_length", "lora_r", "lora_alpha", "logging_steps", "save_steps"):
             if not getattr(self, name) > 0:
                 problems.append(f"--{name} must be greater than 0, not {getattr(self, name)}")

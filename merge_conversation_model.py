@@ -16,14 +16,26 @@ from pathlib import Path
 
 from conversation.errors import UserError, run_main
 from conversation.examples import read_jsonl
-from conversation.runs import RunFolder, check_room, console_kept, differing_file, hold, newest_run, now, shown
+from conversation.runs import (
+    RunFolder,
+    check_room,
+    console_kept,
+    differing_file,
+    hold,
+    newest_run,
+    now,
+    sha256_file,
+    shown,
+)
 from conversation_config import quiet_libraries
 
 COMPARED_PROMPTS = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
     parser.add_argument("--base_model", help="where the base is now (default: what the run was trained on)")
     parser.add_argument("--resume", action="store_true", help="do nothing when the merged model is there and intact")
@@ -42,16 +54,21 @@ def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
         raise UserError(
             f"the training in {shown(run.path)} is not finished", "finish it: train_conversation.py --resume"
         )
-    if resume and record.get("merge") and merged_is_intact(run, record["merge"]):
+    adapter_files = record["training"]["adapter_files"]
+    if resume and record.get("merge") and merged_is_intact(run, record["merge"], adapter_files):
         print("The model is merged and verified already.")
         return 0
-    if problem := differing_file(run.final_lora, record["training"]["adapter_files"]):
-        raise UserError(f"the adapters are not those of the training: {problem}", "train again with --resume")
+    for folder, files in ((run.final_lora, adapter_files), (run.path, record["training"].get("files", {}))):
+        if problem := differing_file(folder, files):
+            raise UserError(f"the adapters or data are not those of the training: {problem}", "train with --resume")
 
     quiet_libraries()
     from conversation import base_models, merging, reporting
 
     base_folder = base_models.find_base_model(base_model or record["base_model"]["name"])
+    recorded_config = record["base_model"].get("config_sha256")
+    if recorded_config and sha256_file(base_folder / "config.json") != recorded_config:
+        raise UserError(f"{base_folder / 'config.json'} is not the one of the training", "bring the base model back")
     if base_models.weights_hash(base_folder) != record["base_model"]["weights_sha256"]:
         raise UserError(
             f"the adapters were trained on other weights than those of {base_model or record['base_model']['name']}",
@@ -62,7 +79,8 @@ def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
     print("Merging in FP32, then reading the model back from disk ...", flush=True)
     prompts = [example.prompt for example in read_jsonl(run.training_data)[:COMPARED_PROMPTS]]
     result = merging.merge(base_folder, run.final_lora, run.merged_model, prompts)
-    run.update(merge={**dataclasses.asdict(result), "finished": now()}, structural_tests=None)
+    merged = {**dataclasses.asdict(result), "adapter_files": adapter_files, "finished": now()}
+    run.update(merge=merged, structural_tests=None)
     reporting.write_report(run)
     print(
         f"Merged: {shown(run.merged_model)}, {result.model_bytes / 1e9:.2f} GB. On {result.prompts} prompts the logits "
@@ -73,8 +91,10 @@ def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
     return 0
 
 
-def merged_is_intact(run: RunFolder, merge: dict) -> bool:
+def merged_is_intact(run: RunFolder, merge: dict, adapter_files: dict[str, str]) -> bool:
     problem = differing_file(run.merged_model, merge["files"])
+    if merge.get("adapter_files") != adapter_files:
+        problem = "it was made with other adapters"
     if problem:
         print(f"The model is merged again: {problem}")
     return problem is None

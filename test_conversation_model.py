@@ -7,7 +7,8 @@
 
 Each test passes when the whole answer, decoded greedily, is valid: 1 to 4 add_text calls, then exactly 3 add_choice
 calls, then the end of the turn. Twenty held-out questions are asked besides and counted; they do not gate.
-Leaves structural_tests.json and report.md in the run folder. Exit status: 0 all three passed; 1 one failed; 2 not started.
+Leaves structural_tests.json and report.md in the run folder.
+Exit status: 0 all three passed; 1 one failed; 2 not started.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from conversation.runs import (
     newest_run,
     now,
     read_json,
+    sha256_file,
     shown,
     write_json,
 )
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
     which.add_argument("--model", type=Path, help="a merged model folder")
@@ -47,8 +51,8 @@ def main() -> int:
     args = parser.parse_args()
     quiet_libraries()
     if args.model:
-        three, questions = test_model(args.model.resolve(), args.questions)
-        return 0 if all(verdict.passed for verdict in three) else TRIED_AND_FAILED
+        three, _ = test_model(args.model.resolve(), args.questions)
+        return conclude(three)
     run = RunFolder((args.run_dir or newest_run().path).resolve())
     if not run.run_json.exists():
         raise UserError(f"{shown(run.path)} is not a run folder: it has no run.json")
@@ -63,9 +67,13 @@ def test_run(run: RunFolder, questions_file: Path, resume: bool) -> int:
     record = run.read()
     if not record.get("merge"):
         raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
-    if resume and (record.get("structural_tests") or {}).get("passed"):
-        print("The model has passed its tests already.")
-        return 0
+    done = record.get("structural_tests") or {}
+    if resume and done.get("passed"):
+        problem = differing_file(run.path, done.get("files", {}))
+        if problem is None:
+            print("The model has passed its tests already.")
+            return 0
+        print(f"The model is tested again: {problem}")
     if problem := differing_file(run.merged_model, record["merge"]["files"]):
         raise UserError(f"the merged model is not the one that was verified: {problem}", "merge it again")
     three, questions = test_model(run.merged_model, questions_file, record["tokenizer"]["fingerprint"])
@@ -82,9 +90,20 @@ def test_run(run: RunFolder, questions_file: Path, resume: bool) -> int:
     write_json(
         run.structural_tests, {**summary, "tests": tests, "held_out": [verdict.as_dict() for verdict in questions]}
     )
-    run.update(structural_tests=summary)
+    run.update(structural_tests={**summary, "files": {run.structural_tests.name: sha256_file(run.structural_tests)}})
     reporting.write_report(run)
-    return 0 if passed else TRIED_AND_FAILED
+    return conclude(three)
+
+
+def conclude(three: list[Verdict]) -> int:
+    """Status 0 when all passed. Raises UserError that names the tests that failed."""
+    if failed := [verdict.case.name for verdict in three if not verdict.passed]:
+        raise UserError(
+            f"{len(failed)} of {len(three)} structural tests failed: {', '.join(failed)}",
+            "the place is marked above and in the report; train longer, or with a higher --learning_rate",
+            TRIED_AND_FAILED,
+        )
+    return 0
 
 
 def test_model(

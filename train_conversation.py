@@ -18,12 +18,14 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversation.data_quality import assess
 from conversation.errors import UserError, list_problems, run_main
 from conversation.examples import length_summary, read_training_data, split_by_tree, statistics_of, to_jsonl
 from conversation.function_calls import Example
@@ -31,22 +33,24 @@ from conversation.runs import (
     RunFolder,
     check_room,
     console_kept,
+    differing_file,
     environment,
     hold,
     new_run_folder,
     newest_run,
     now,
+    sha256_file,
     shown,
     write_atomically,
 )
+from conversation.trees import read_trees
 from conversation_config import PROJECT, TrainingConfig, add_training_flags, quiet_libraries, training_config
 
 if TYPE_CHECKING:
     from conversation.tokenizer import Audit, EncodedExample
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by accelerate launch
-CHECKPOINTS_BYTES = 4 * 60_000_000  # three checkpoints and the final adapters: weights and AdamW's two moments
-HARMLESS_CHANGES = ("num_train_epochs", "max_steps", "logging_steps", "save_steps")
+HARMLESS_CHANGES = ("logging_steps", "save_steps")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,9 @@ class Prepared:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_training_flags(parser)
     parser.add_argument(
         "--run_dir", type=Path, help="the run folder (default: a new one of today; with --resume: the newest)"
@@ -85,7 +91,8 @@ def main() -> int:
         print_statistics(prepared, as_json=args.json)
         return 0
     check_run_folder(run, args.resume)
-    check_room(run.path, CHECKPOINTS_BYTES, "training")
+    if not args.resume:
+        check_disk(run, prepared)
     with hold(run.path) if IS_MAIN_PROCESS else contextlib.nullcontext():
         with console_kept(run) if IS_MAIN_PROCESS else contextlib.nullcontext():
             return train_in(run, prepared, recorded)
@@ -113,12 +120,15 @@ def settings(args: argparse.Namespace, recorded: dict[str, Any]) -> TrainingConf
         raise UserError("the run's run.json does not hold its settings: it is broken") from None
 
 
+def data_path(config: TrainingConfig) -> Path:
+    """Where the training data is: relative to the working folder or, if there is nothing, to the project."""
+    path = Path(os.path.expanduser(config.training_data))
+    return PROJECT / path if not path.exists() and (PROJECT / path).exists() else path
+
+
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check base model, data and tokenizer. Raises UserError; changes nothing on disk but the model cache."""
-    data_path = Path(config.training_data).expanduser()
-    if not data_path.exists() and (PROJECT / data_path).exists():
-        data_path = PROJECT / data_path
-    examples = read_training_data(data_path, config.domain_names)
+    examples = read_training_data(data_path(config), config.domain_names)
 
     from conversation import base_models, tokenizer
 
@@ -168,13 +178,18 @@ def data_statistics(prepared: Prepared) -> dict[str, Any]:
 
 def print_statistics(prepared: Prepared, as_json: bool) -> None:
     found = data_statistics(prepared)
+    path = data_path(prepared.config)
+    whole_trees = path.is_dir() and not prepared.config.domain_names
+    quality = assess(read_trees(path)) if whole_trees else None
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps({**found, "quality": quality and quality.as_dict()}, ensure_ascii=False))
         return
     for name, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {item}" for key, item in value.items())
         print(f"{name.replace('_', ' '):40} {value}")
+    if quality:
+        print(quality)
     print("The data and the tokenizer are fit for training.")
 
 
@@ -182,7 +197,8 @@ def check_run_folder(run: RunFolder, resume: bool) -> None:
     """Refuse to start a run in a folder that holds anything but what a run leaves before its first record."""
     if resume or not run.path.exists() or not IS_MAIN_PROCESS:
         return
-    ours = {".lock", run.console_log.name, run.training_data.name, run.held_out_data.name}
+    files = (run.console_log, run.training_data, run.held_out_data, run.retrain_flags)
+    ours = {".lock", *(path.name for path in files)}
     if run.run_json.exists():
         raise UserError(f"{shown(run.path)} holds a run already", "go on with it: --resume; or name another --run_dir")
     if others := [
@@ -191,20 +207,47 @@ def check_run_folder(run: RunFolder, resume: bool) -> None:
         raise UserError(f"{shown(run.path)} is not empty: it holds {others[0]}", "name a new folder with --run_dir")
 
 
-def mismatches(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def check_disk(run: RunFolder, prepared: Prepared) -> None:
+    """Raises UserError when the disk has no room for what training leaves, and the merged model after it."""
+    from conversation import base_models, training
+
+    adapters = base_models.adapter_bytes(prepared.base_folder, prepared.config.lora_r)
+    checkpoint = 3 * adapters + 100_000  # weights and AdamW's two moments; the rest is small
+    merged = sum(path.stat().st_size for path in prepared.base_folder.glob("*.safetensors"))
+    needed = (training.KEPT_CHECKPOINTS + 1) * checkpoint + adapters + merged
+    check_room(run.path, needed, "training and the merged model after it")
+
+
+def steps_of(config: dict[str, Any], examples: int) -> int:
+    """Optimizer steps of a training, as the Trainer counts them."""
+    if config["max_steps"] > 0:
+        return config["max_steps"]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch
+    per_step = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * processes
+    return math.ceil(config["num_train_epochs"] * math.ceil(examples / per_step))
+
+
+def mismatches(recorded: dict[str, Any], current: dict[str, Any], examples: int) -> list[str]:
     """Each difference between a run and what it would be resumed with that would make it another run."""
     found = []
+    length = ("num_train_epochs", "max_steps")
     for name, value in current["config"].items():
         before = recorded["config"].get(name)
-        if before != value:
-            if name in HARMLESS_CHANGES:
-                print(f"--{name} is now {value}, was {before}: harmless, the run goes on")
-            else:
-                found.append(f"--{name}: the run has {before}, now {value}")
+        if before != value and name in HARMLESS_CHANGES:
+            print(f"--{name} is now {value}, was {before}: harmless, the run goes on")
+        elif before != value and name not in length:
+            found.append(f"--{name}: the run has {before}, now {value}")
+    if any(recorded["config"].get(name) != current["config"][name] for name in length):
+        before, steps = (steps_of(record["config"], examples) for record in (recorded, current))
+        if steps < before:
+            found.append(f"the run is {before} steps long, now {steps}: it can be made longer, not shorter")
+        elif steps > before:
+            print(f"The run is now {steps} steps long, was {before}: harmless, it goes on.")
     for section, key, what in (
         ("data", "training_sha256", "the training data"),
         ("data", "held_out_sha256", "the held-out data"),
         ("base_model", "weights_sha256", "the base model's weights"),
+        ("base_model", "config_sha256", "the base model's config.json"),
         ("tokenizer", "fingerprint", "the tokenizer"),
     ):
         before, value = recorded.get(section, {}).get(key), current[section][key]
@@ -234,20 +277,26 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
         "base_model": {
             "name": config.base_model,
             "weights_sha256": base_models.weights_hash(prepared.base_folder),
+            "config_sha256": sha256_file(prepared.base_folder / "config.json"),
         },
         "tokenizer": {"fingerprint": prepared.audit.fingerprint},
         **environment(),
     }
     checkpoint = None
     if recorded:
-        if problems := mismatches(recorded, record):
+        if problems := mismatches(recorded, record, len(prepared.training)):
             raise UserError(
                 f"the run cannot be resumed with other settings:\n{list_problems(problems)}",
                 "repeat the flags of the run, or start a new one without --resume",
             )
-        if recorded.get("training") and run.final_lora.exists():
-            print("The training is done already.")
-            return 0
+        if done := recorded.get("training"):
+            problem = differing_file(run.final_lora, done["adapter_files"])
+            problem = problem or differing_file(run.path, done.get("files", {}))
+            if problem is None and done["steps"] >= steps_of(record["config"], len(prepared.training)):
+                print("The training is done already.")
+                return 0
+            if problem:
+                print(f"warning: the training goes on from a checkpoint: {problem}", file=sys.stderr)
         checkpoint, problems = training.newest_intact_checkpoint(run.checkpoints)
         for problem in problems:
             print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
@@ -258,7 +307,7 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
     if IS_MAIN_PROCESS:
         write_atomically(run.training_data, training_data)
         write_atomically(run.held_out_data, held_out_data)
-        run.update(**record)
+        run.update(**record, training=None)
         print(f"Run folder: {shown(run.path)}")
         print(f"{len(prepared.training)} examples to train on, {len(prepared.held_out)} held out; {prepared.audit}")
 
@@ -270,7 +319,8 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
     )
     result = training.train(base, data, config, run, checkpoint)
     if IS_MAIN_PROCESS:
-        run.update(training={**dataclasses.asdict(result), "finished": now()})
+        files = {path.name: sha256_file(path) for path in (run.metrics, run.training_data, run.held_out_data)}
+        run.update(training={**dataclasses.asdict(result), "files": files, "finished": now()})
         reporting.write_report(run)
         print(
             f"Trained {result.steps} steps in {result.seconds / 60:.1f} minutes: loss {result.first_window_loss:.3f} "

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversation.errors import UserError, run_main
+from conversation.errors import TRIED_AND_FAILED, UserError, run_main
 from conversation.function_calls import CONTROL_TOKENS, FORMAT_TOKENS
 from conversation.runs import check_room, differing_file, file_hashes, make_folder, read_json, sha256_file, write_json
 from conversation.tokenizer import FUNCTION_GEMMA_IDS, check_control_tokens, load_tokenizer
-from conversation_config import CACHE, STAND_IN
+from conversation_config import CACHE, LORA_TARGETS, STAND_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 STAND_IN_PARAMETERS = 268_098_176
 STAND_IN_BYTES = 1_110_000_000
-STAND_IN_FOLDER = f"{STAND_IN}-1"  # the number changes when the preparation does
+STAND_IN_FOLDER = f"{STAND_IN}-2"  # the number changes when the preparation does
 MANIFEST = "prepared.json"
 
 
@@ -43,7 +43,7 @@ def find_base_model(name: str) -> Path:
     """
     if name == STAND_IN:
         return prepare_stand_in()
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return _checked(folder.resolve())
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -83,6 +83,21 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
+def adapter_bytes(folder: Path, rank: int) -> int:
+    """Size of the FP32 LoRA adapters of a model folder: `rank` rows for each row and column of the adapted weights."""
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "numpy") as file:
+                names = [name for name in file.keys() if name.split(".")[-2:-1] and name.split(".")[-2] in LORA_TARGETS]
+                count += sum(rank * sum(file.get_slice(name).get_shape()) for name in names)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is broken: {error}", "fetch or make the model again") from None
+    return 4 * count
+
+
 def weights_hash(folder: Path) -> str:
     """SHA-256 of a model folder's weights: of its one safetensors file, or of the hashes of its shards."""
     import hashlib
@@ -105,7 +120,7 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
         raise UserError(f"the model in {folder} cannot be loaded: {error}", "fetch or make it again") from None
 
 
-# --- the stand-in ------------------------------------------------------------------------------------------------------
+# --- the stand-in ----------------------------------------------------------------------------------------------------
 
 
 def prepare_stand_in(cache: Path = CACHE) -> Path:
@@ -113,6 +128,8 @@ def prepare_stand_in(cache: Path = CACHE) -> Path:
 
     The folder gets its name only when it is whole; two processes do not collide; a broken one is made again.
     """
+    from safetensors import SafetensorError
+
     folder = cache / STAND_IN_FOLDER
     make_folder(cache)
     with _held(cache / f"{STAND_IN_FOLDER}.lock"):
@@ -130,8 +147,8 @@ def prepare_stand_in(cache: Path = CACHE) -> Path:
             _convert_stand_in(part)
             write_json(part / MANIFEST, {"gguf_sha256": GGUF_SHA256, "files": file_hashes(part)})
             os.rename(part, folder)
-        except OSError as error:
-            raise UserError(f"cannot prepare the stand-in in {cache}: {error}") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot prepare the stand-in in {cache}: {error}", "", TRIED_AND_FAILED) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -179,7 +196,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     model.is_quantized = False
 
 
-# --- control tokens ----------------------------------------------------------------------------------------------------
+# --- control tokens --------------------------------------------------------------------------------------------------
 
 
 def save_with_control_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -219,14 +236,16 @@ def _rename_tokens(folder: Path, names: dict[str, str]) -> None:
 
 
 def _start_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Set a token's embedding to the mean of those of the words in its name, at the usual norm.
+    """Set a token's embedding to the mean of those of `<`, the words in its name, and `>`, at the usual norm.
 
-    On the stand-in the completion loss of the first step is 2.8 with this start and 5.7 without (measured).
+    The brackets matter where the name is one word: without them `<escape>` would start as a copy of `escape`, and as
+    the head is tied and frozen, no adapter could ever make the one likelier than the other. On the stand-in and 16 of
+    our examples the completion loss of the base is 2.92 with this start and 3.19 without the brackets.
     """
     import torch
 
-    words = token.strip("<>").replace("_", " ")
-    word_ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    parts = ["<", token.strip("<>").replace("_", " "), ">"]
+    word_ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
     token_id = tokenizer.convert_tokens_to_ids(token)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     matrices = [model.get_input_embeddings().weight] + ([] if tied else [model.get_output_embeddings().weight])
@@ -245,7 +264,11 @@ def _held(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Waiting for another process that prepares the stand-in ...", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

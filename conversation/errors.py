@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 NOT_STARTED = 2  # bad flag, bad data, no model
 TRIED_AND_FAILED = 1  # a test failed, the loss was not finite
@@ -29,15 +32,42 @@ def list_problems(problems: list[str], shown: int = 20) -> str:
     return "\n".join(lines)
 
 
+_WRONG_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
+
+
+def explained(error: BaseException) -> UserError | None:
+    """What ended a script, as an error with a hint and an exit status; None for a defect, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        hint = "what was finished is kept; go on with the same command and --resume"
+        return UserError(f"stopped by {signal.Signals(number).name}", hint, 128 + number)
+    if isinstance(error, OSError):
+        status = NOT_STARTED if error.errno in _WRONG_PATH else TRIED_AND_FAILED
+        name = f": {str(error.filename)[:200]}" if error.filename else ""
+        return UserError(f"{error.strerror or error}{name}", "", status)
+    return None
+
+
 def run_main(main: Callable[[], int]) -> None:
     """Run a script's `main` and leave with its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # what cannot be shown must not stop the work
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP: leave it so
+            signal.signal(number, _interrupt)
     try:
+        if any("\udc80" <= character <= "\udcff" for argument in sys.argv[1:] for character in argument):
+            raise UserError("an argument is not UTF-8", "rename the file, or the folder, that it names")
         sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        said = explained(error)
+        print(f"error: {said}", file=sys.stderr)
+        if said.hint:
+            print(f"hint: {said.hint}", file=sys.stderr)
+        sys.exit(said.exit_status)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)

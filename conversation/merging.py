@@ -1,13 +1,15 @@
 """Merge adapters into their base, in FP32, and believe the result only after reading it back from disk.
 
-The merged folder is complete in itself: config, weights with tied embeddings, tokenizer, a generation config that stops at
-the end of the turn, the chat template of the training prompts, and `conversation_model.json`, by which a later reader
-knows that nothing of it was changed.
+The merged folder is complete in itself: config, weights with tied embeddings, tokenizer, a generation config that
+stops at the end of the turn, the chat template of the training prompts, and `conversation_model.json`, by which a later
+reader knows that nothing of it was changed.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from transformers import GenerationConfig
 from conversation.base_models import load_model
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.function_calls import END_OF_TURN, Prompt
-from conversation.runs import cannot_write, file_hashes, write_json
+from conversation.runs import cannot_write, file_hashes, replace_folder, write_json
 from conversation.tokenizer import encode_prompt, fingerprint, load_tokenizer
 from conversation_config import MAX_NEW_TOKENS
 
@@ -66,17 +68,19 @@ def merge(base_folder: Path, adapters: Path, output: Path, prompts: Sequence[Pro
             merged = model.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise UserError(f"merging gives a value that is not finite: {error}", "", TRIED_AND_FAILED) from None
+        needed = sum(parameter.nbytes for parameter in merged.parameters())
         try:
             _save(merged, base_folder, part, end_of_turn, tokenizer.pad_token_id)
         except (OSError, SafetensorError) as error:
-            raise cannot_write(part, error if isinstance(error, OSError) else OSError(0, str(error))) from None
+            shutil.rmtree(part, ignore_errors=True)
+            cause = error if isinstance(error, OSError) else OSError(_os_error(error), str(error))
+            raise cannot_write(output, cause, needed) from None
         del model, merged
         gc.collect()
         found = _verify(part, prompt_ids, expected, end_of_turn)
         files = file_hashes(part)
         write_json(part / MANIFEST, {"tokenizer_fingerprint": fingerprint(load_tokenizer(part)), "files": files})
-        shutil.rmtree(output, ignore_errors=True)
-        part.rename(output)
+        replace_folder(part, output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -144,12 +148,18 @@ def _verify(
         equal = equal and found_said == said
     if not difference <= LOGIT_TOLERANCE * largest or not equal:
         raise UserError(
-            f"the merged model is not base + adapters: logits differ by up to {difference:.2e} (largest {largest:.1f}), "
+            f"the merged model is not base + adapters: logits differ by up to {difference:.2e} of {largest:.1f}, "
             f"greedy continuations are {'equal' if equal else 'different'}",
             "nothing was put under the final name",
             TRIED_AND_FAILED,
         )
     return difference, largest, equal
+
+
+def _os_error(error: SafetensorError) -> int:
+    """The operating system's number of an error that safetensors only writes into its message."""
+    number = re.search(r"os error (\d+)", str(error))
+    return int(number[1]) if number else errno.EIO
 
 
 def _peak_memory_bytes() -> int:

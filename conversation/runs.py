@@ -6,7 +6,8 @@
         latest -> 2026-11-22-2
         attempts/            runs under way, and failed ones with their log, until the next retrain cleans them
 
-`run.json` is rewritten as a whole after each stage and never in place, so a reader sees the old or the new one.
+`run.json` is rewritten as a whole after each stage and never in place, so a reader sees the old or the new one. It
+holds its own SHA-256 and those of the files that later stages use: a changed bit is found before it does harm.
 """
 
 from __future__ import annotations
@@ -14,27 +15,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from conversation import strict_json
-from conversation.errors import TRIED_AND_FAILED, UserError, run_main
+from conversation.errors import TRIED_AND_FAILED, UserError, explained, run_main
 from conversation_config import PROJECT, TRAINING_RUNS
 
 LATEST = "latest"
 ATTEMPTS = "attempts"
+PUBLISHING = ".publishing"  # in attempts/, while a run gets its name and `latest` still points at the one before
+ATTEMPT_NAME = "????-??-??_??-??-??*"
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,31 @@ class RunFolder:
     def console_log(self) -> Path:
         return self.path / "console.log"
 
+    @property
+    def retrain_flags(self) -> Path:
+        return self.path / "retrain_flags.json"
+
     def read(self) -> dict[str, Any]:
         """run.json. Raises UserError when it is missing or broken."""
-        return read_json(self.run_json)
+        record = read_json(self.run_json)
+        recorded = record.pop("sha256", None)
+        if recorded is not None and recorded != _record_hash(record):
+            raise UserError(
+                f"{self.run_json} is broken: its content is not what its SHA-256 was taken of",
+                "bring it back from a backup, or start a new run",
+            )
+        return record
 
     def update(self, **sections: Any) -> None:
         """Replace sections of run.json."""
-        record = self.read() if self.run_json.exists() else {}
-        write_json(self.run_json, {**record, **sections})
+        record = {**(self.read() if self.run_json.exists() else {}), **sections}
+        write_json(self.run_json, {**record, "sha256": _record_hash(record)})
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The logged metrics, one dictionary per line of metrics.jsonl. Raises UserError."""
+        recorded = (self.read().get("training") or {}) if self.run_json.exists() else {}
+        if problem := differing_file(self.path, recorded.get("files", {})):
+            raise UserError(problem, "train_conversation.py --resume writes it again from the newest checkpoint")
         if not self.metrics.exists():
             return []
         records = []
@@ -109,7 +129,12 @@ class RunFolder:
         return records
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+def _record_hash(record: dict[str, Any]) -> str:
+    as_read = json.loads(json.dumps(record))  # in which numbers that are keys have become strings
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -124,16 +149,53 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise cannot_write(path, error) from None
+        raise cannot_write(path, error, len(data)) from None
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """The UserError for a file that could not be written."""
+def cannot_write(path: Path, error: OSError, needed_bytes: int) -> UserError:
+    """The UserError for a file or folder of `needed_bytes` that could not be written, once its beginning is removed."""
     folder = path if path.is_dir() else path.parent
     hint = ""
-    with contextlib.suppress(OSError):
-        hint = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        hint = f"make {folder} writable, or name another folder with --run_dir"
+    else:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder).free
+            hint = f"{size(free)} are free there"
+            if free < needed_bytes:
+                hint += f", {size(needed_bytes - free)} more are needed: make room, then go on with --resume"
     return UserError(f"cannot write {path}: {error.strerror or error}", hint, TRIED_AND_FAILED)
+
+
+def size(count: int) -> str:
+    """A number of bytes as a person reads it."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def replace_folder(part: Path, final: Path) -> None:
+    """Give a complete folder its final name, in place of an older one; no half of either stands under that name."""
+    for path in part.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    old = final.with_name(f".{final.name}.old.part")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(part, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write."""
+    for leftover in folder.glob(".*.part"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -189,7 +251,7 @@ def check_room(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-# --- run folders -------------------------------------------------------------------------------------------------------
+# --- run folders -----------------------------------------------------------------------------------------------------
 
 
 def today() -> str:
@@ -224,12 +286,14 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+        raise UserError(f"cannot make the folder {path}: {error.strerror}", "name another with --run_dir") from None
 
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Keep others out of a folder while working in it. The kernel drops the lock when its holder dies.
+
+    Leftovers of a holder that died while it wrote are removed.
 
     Raises UserError that says who holds the folder, and since when.
     """
@@ -237,9 +301,10 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         file = open(folder / ".lock", "a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+        raise UserError(f"cannot write into {folder}: {error.strerror}", "name another with --run_dir") from None
     with file:
         lock_file(file, folder)
+        remove_leftovers(folder)
         yield
         file.truncate(0)
 
@@ -251,10 +316,23 @@ def lock_file(file: TextIO, folder: Path, holder: int | None = None) -> None:
     except OSError:
         file.seek(0)
         said = file.read().strip() or "another process"
+        working = [number for number in _processes_with(file) if f"process {number} " not in said]
+        if working and said.startswith("process") and not Path(f"/proc/{said.split()[1]}").exists():
+            said += f", itself ended; what it began is at work yet: process {', '.join(map(str, working))}"
         raise UserError(f"{shown(folder)} is in use by {said}", "wait until it has finished, or stop it") from None
-    file.truncate(0)
-    file.write(f"process {holder or os.getpid()} since {now()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {holder or os.getpid()} since {now()}".encode())
+
+
+def _processes_with(file: TextIO) -> list[int]:
+    """The other processes that have a file open, as far as one may see them."""
+    wanted, found = os.fstat(file.fileno()), set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(descriptor.stat(), wanted):
+                found.add(int(descriptor.parts[2]))
+    return sorted(found - {os.getpid(), os.getppid()})
 
 
 def shown(path: Path) -> str:
@@ -269,25 +347,43 @@ def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-# --- the console -------------------------------------------------------------------------------------------------------
+# --- the console -----------------------------------------------------------------------------------------------------
+
+
+class _Log:
+    """console.log, appended to line by line. A full disk costs lines of the log, and does not stop the work."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def line(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._file.write(f"{stamp} {text}\n".encode(errors="backslashreplace"))
 
 
 class _Tee:
-    """A stream that also writes what passes through it to the log, each line with its time."""
+    """A stream that also writes what passes through it to the log, each line with its time.
 
-    def __init__(self, stream: TextIO, log: TextIO):
+    A terminal that is closed meanwhile is done without.
+    """
+
+    def __init__(self, stream: TextIO, log: _Log):
         self._stream, self._log, self._line = stream, log, ""
 
     def write(self, text: str) -> int:
-        self._stream.write(text)
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             shown = line.rstrip("\r").rsplit("\r", 1)[-1]  # of a progress bar, its last state
             if shown.strip():
-                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shown}\n")
-        if lines:
-            self._log.flush()
+                self._log.line(shown)
         return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -296,22 +392,25 @@ class _Tee:
 @contextlib.contextmanager
 def console_kept(run: RunFolder) -> Iterator[None]:
     """Append everything that is printed meanwhile to the run's console.log, with times; errors too."""
-    with open(run.console_log, "a", encoding="utf-8", errors="replace") as log:
+    with open(run.console_log, "ab", buffering=0) as file:
+        log = _Log(file)
         out, err = sys.stdout, sys.stderr
-        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} $ {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n")
+        log.line(f"$ {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
         sys.stdout, sys.stderr = _Tee(out, log), _Tee(err, log)
         try:
             yield
-        except UserError as error:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {error}\n")
-            if error.hint:
-                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} hint: {error.hint}\n")
+        except BaseException as error:
+            said = explained(error)
+            for line in (f"error: {said}" if said else traceback.format_exc()).splitlines():
+                log.line(line)
+            if said and said.hint:
+                log.line(f"hint: {said.hint}")
             raise
         finally:
             sys.stdout, sys.stderr = out, err
 
 
-# --- what a run was made with ------------------------------------------------------------------------------------------
+# --- what a run was made with ----------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, Any]:
@@ -353,24 +452,32 @@ def _git_commit() -> str | None:
         return None
 
 
-# --- attempts and publishing: what RETRAIN.sh calls --------------------------------------------------------------------
+# --- attempts and publishing: what RETRAIN.sh calls ------------------------------------------------------------------
 
 
-def begin_attempt(root: Path) -> Path:
-    """Clean the leftovers of earlier attempts, and nothing else; make the folder of a new one."""
+def begin_attempt(root: Path, flags: Sequence[str] = ()) -> Path:
+    """Clean the leftovers of earlier attempts, and nothing else; make the folder of a new one, which knows its flags.
+
+    Stopped at any moment, what has an attempt's name is a whole attempt. Raises UserError when an attempt is in use.
+    """
     attempts = root / ATTEMPTS
     make_folder(attempts)
-    for leftover in sorted(attempts.iterdir()):
+    remove_leftovers(attempts)
+    for leftover in sorted(attempts.glob(ATTEMPT_NAME)):
         if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-    path = attempts / time.strftime("%Y-%m-%d_%H-%M-%S")
-    make_folder(path)
-    return path
+            with hold(leftover):
+                doomed = leftover.rename(leftover.with_name(f".{leftover.name}.part"))
+            shutil.rmtree(doomed)
+    path = free_name(attempts, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    begun = RunFolder(path.with_name(f".{path.name}.part"))
+    make_folder(begun.path)
+    write_json(begun.retrain_flags, {"flags": list(flags)})
+    return begun.path.rename(path)
 
 
 def newest_attempt(root: Path) -> Path | None:
-    """The attempt to go on with; None when the last one was published."""
-    found = sorted(path for path in (root / ATTEMPTS).glob("*") if path.is_dir())
+    """The attempt to go on with; None when there is none, or the last one was published."""
+    found = sorted(path for path in (root / ATTEMPTS).glob(ATTEMPT_NAME) if path.is_dir())
     return found[-1] if found else None
 
 
@@ -378,34 +485,50 @@ def publish(attempt: RunFolder, root: Path, command: str) -> Path:
     """Give a finished attempt its final name and point `latest` at it. Raises UserError unless it passed its tests.
 
     A reader sees the run under its final name whole or not at all. Stopped between the two steps, `latest` still points
-    at the run before; `mend_latest` puts that right.
+    at the run before; `finish_publishing` puts that right.
     """
-    record = attempt.read()
-    if not (record.get("structural_tests") or {}).get("passed"):
-        raise UserError(f"{shown(attempt.path)} has not passed its tests: not published", "", TRIED_AND_FAILED)
-    attempt.update(published=now(), retrain_command=command)
+    with hold(attempt.path):
+        record = attempt.read()
+        if not (record.get("structural_tests") or {}).get("passed"):
+            raise UserError(f"{shown(attempt.path)} has not passed its tests: not published", "", TRIED_AND_FAILED)
+        if problem := broken_result(attempt, record):
+            raise UserError(f"not published: {problem}", "./RETRAIN.sh --resume makes it again", TRIED_AND_FAILED)
+        attempt.update(published=now(), retrain_command=command)
 
-    from conversation import reporting
+        from conversation import reporting
 
-    reporting.write_report(attempt)
-    final = free_name(root, record["started"][:10])
-    try:
-        os.rename(attempt.path, final)
-        _point_latest_at(final)
-    except OSError as error:
-        raise cannot_write(final, error) from None
+        reporting.write_report(attempt)
+        final = free_name(root, record["started"][:10])
+        marker = root / ATTEMPTS / PUBLISHING
+        write_atomically(marker, final.name.encode())
+        try:
+            os.rename(attempt.path, final)
+            _point_latest_at(final)
+            marker.unlink()
+        except OSError as error:
+            raise cannot_write(final, error, 0) from None
     return final
 
 
-def mend_latest(root: Path) -> None:
-    """Point `latest` at the run that was published last."""
-    found = []
-    for path in root.glob("*/run.json"):
-        with contextlib.suppress(UserError):
-            if not path.parent.is_symlink() and (published := read_json(path).get("published")):
-                found.append((published, path.parent))
-    if found and (root / LATEST).resolve() != max(found)[1].resolve():
-        _point_latest_at(max(found)[1])
+def broken_result(run: RunFolder, record: dict[str, Any]) -> str | None:
+    """The first of a run's results that is not as its stage left it, as a sentence."""
+    folders = (
+        (run.final_lora, (record.get("training") or {}).get("adapter_files", {})),
+        (run.merged_model, (record.get("merge") or {}).get("files", {})),
+        (run.path, (record.get("training") or {}).get("files", {})),
+        (run.path, (record.get("structural_tests") or {}).get("files", {})),
+    )
+    return next((problem for folder, files in folders if (problem := differing_file(folder, files))), None)
+
+
+def finish_publishing(root: Path) -> None:
+    """Point `latest` at a run that got its name and not the pointer, because publishing it was stopped in between."""
+    marker = root / ATTEMPTS / PUBLISHING
+    if marker.exists():
+        final = root / marker.read_text(encoding="utf-8")
+        if final.is_dir():
+            _point_latest_at(final)
+        marker.unlink()
 
 
 def _point_latest_at(run: Path) -> None:
@@ -417,13 +540,15 @@ def _point_latest_at(run: Path) -> None:
 
 
 def main() -> int:
-    """`python -m conversation.runs lock|begin|newest|publish`: the bookkeeping of RETRAIN.sh."""
+    """`python -m conversation.runs lock|begin|newest|flags|publish`: the bookkeeping of RETRAIN.sh."""
     parser = argparse.ArgumentParser(prog="conversation.runs", description="the bookkeeping of RETRAIN.sh")
     parser.add_argument("--root", type=Path, default=TRAINING_RUNS, help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("lock", help="lock the open file descriptor given").add_argument("descriptor", type=int)
-    commands.add_parser("begin", help="clean the leftovers of attempts, print the folder of a new one")
-    commands.add_parser("newest", help="print the folder of the newest attempt, nothing when it is published")
+    beginning = commands.add_parser("begin", help="clean the leftovers of attempts, print the folder of a new one")
+    beginning.add_argument("flags", nargs="*", help="the flags of the retrain, after a --")
+    commands.add_parser("newest", help="print the folder of the newest attempt, nothing when there is none")
+    commands.add_parser("flags", help="print an attempt's flags, a NUL after each").add_argument("attempt", type=Path)
     publishing = commands.add_parser("publish", help="give an attempt its final name and print it")
     publishing.add_argument("attempt", type=Path)
     publishing.add_argument("command_line", help="the command that repeats the run, for its report")
@@ -432,12 +557,14 @@ def main() -> int:
         # The lock belongs to the open file that RETRAIN.sh and its children share: it outlives this process.
         with open(args.descriptor, "a+", encoding="utf-8", closefd=False) as file:
             lock_file(file, args.root, os.getppid())
-        mend_latest(args.root)
+        finish_publishing(args.root)
     elif args.command == "begin":
-        print(shown(begin_attempt(args.root)))
+        print(shown(begin_attempt(args.root, args.flags)))
     elif args.command == "newest":
         attempt = newest_attempt(args.root)
         print(shown(attempt) if attempt else "")
+    elif args.command == "flags":
+        print("".join(f"{flag}\0" for flag in read_json(RunFolder(args.attempt).retrain_flags)["flags"]), end="")
     else:
         print(shown(publish(RunFolder(args.attempt.resolve()), args.root, args.command_line)))
     return 0

@@ -28,7 +28,9 @@ noise of a shared prefix is the same for all examples that share it.
 The head is the other half of the work (Gemma's vocabulary has 262,144 entries). It runs only on tokens that predict a
 label, over blocks of the vocabulary with a running softmax (as flash attention does over keys: Milakov & Gimelshein
 2018, Dao et al. 2022), and forms the gradient of the hidden states in the same pass. No logits are kept, none are
-computed twice, and a block of them has a fixed size.
+computed twice, and a block of them has a fixed size. The normaliser is summed block by block, so it is also more exact
+than torch's: on a CPU, torch 2.13's FP32 cross entropy sums the 262,144 exponentials one after the other and loses up
+to 7e-5 of them, which shows as 1e-4 in the gradients (measured against float64, where this module is off by 2e-6).
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ ATTENTION_NAME = "shared_prefix"
 
 # Queries per attention tile. Small tiles skip more of the masked triangle, large ones feed the matrix units better.
 TILE_TOKENS = 256
-# The head's block of logits [label tokens, vocabulary entries]: small enough for a CPU's caches, large enough for a GPU.
+# The head's block of logits [label tokens, vocabulary entries]: small, for a CPU's caches; larger, to fill a GPU.
 CPU_HEAD_BLOCK_BYTES, GPU_HEAD_BLOCK_BYTES = 8 * 2**20, 64 * 2**20
 HEAD_BLOCK_ROWS = 4096
 # The share of the free memory that the tensors kept for the backward pass may take; the rest is for passing ones.
@@ -177,14 +179,14 @@ def build_prefix_tree(sequences: Sequence[TokenSequence]) -> PrefixTree:
 
 
 def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _runs(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Rising positions as runs [start, stop)."""
     starts = [i for i in range(len(positions)) if i == 0 or positions[i] != positions[i - 1] + 1]
-    stops = [*starts[1:], len(positions)]
-    return tuple((positions[start], positions[stop - 1] + 1) for start, stop in zip(starts, stops) if stop > start)
+    stops = [*starts[1:], len(positions)] if starts else []
+    return tuple((positions[start], positions[stop - 1] + 1) for start, stop in zip(starts, stops, strict=True))
 
 
 def _attention_tiles(branches: Sequence[Branch], window: int | None, device: torch.device) -> Iterator[AttentionTile]:
@@ -278,7 +280,8 @@ def _gather(tokens: Tensor, runs: tuple[slice, ...]) -> Tensor:
 
 
 def _scatter_add(tokens: Tensor, runs: tuple[slice, ...], addend: Tensor) -> None:
-    for run, part in zip(runs, addend.split([run.stop - run.start for run in runs], 1)):
+    parts = addend.split([run.stop - run.start for run in runs], 1)
+    for run, part in zip(runs, parts, strict=True):
         tokens[:, run] += part
 
 
@@ -501,7 +504,7 @@ class TokenBudget:
 class StepResult:
     """What one effective batch came to. `loss_sum` is in nats over `num_labels` labels, on this process."""
 
-    loss_sum: Tensor
+    loss_sum: Tensor  # scalar
     num_labels: int
     num_tokens: int  # packed
     num_sequence_tokens: int  # nothing shared
@@ -516,8 +519,10 @@ def backward_in_micro_batches(
     `scale` is 1 / (labels of the whole effective batch); times the number of processes under DDP, which averages.
     The examples go through in as few micro-batches as `budget` allows. A single example that is longer than the budget
     goes through with activation checkpointing. When memory runs out, the budget is halved and the step starts again
-    from the gradients and random states it found. Under DDP the gradients are synchronised once, after all this.
+    from the gradients and random states it found. Under DDP the gradients are synchronised once, after all this; a
+    process may have no examples. Raises the error of the last attempt when a single example does not fit.
     """
+    sequences = [sequence for sequence in sequences if any(sequence.is_label)]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
     device = parameters[0].device
@@ -528,13 +533,13 @@ def backward_in_micro_batches(
                 result = _backward_once(model, sequences, scale, budget.tokens)
             break
         except RuntimeError as error:
-            smallest = max(len(sequence.inputs) for sequence in sequences)
-            if not should_reduce_batch_size(error) or budget.tokens * 2 < smallest:
-                raise
+            shortest = min(len(sequence.inputs) for sequence in sequences)
+            if not should_reduce_batch_size(error) or budget.tokens < shortest:
+                raise  # below the shortest, every example already goes through alone and checkpointed
         # Out of the handler, so that the failed pass is no longer referenced and its memory is free.
         budget.halve()
         clear_device_cache(garbage_collection=True)
-        for parameter, gradient in zip(parameters, gradients):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         torch.set_rng_state(random_states[0])
         if random_states[1] is not None:
@@ -595,7 +600,7 @@ def _free_bytes(device: torch.device) -> int:
 
 def _backward_once(model: nn.Module, sequences: Sequence[TokenSequence], scale: float, max_tokens: int) -> StepResult:
     trees = [build_prefix_tree(group) for group in split_into_micro_batches(sequences, max_tokens)]
-    loss_sum = 0.0
+    loss_sum = torch.zeros((), device=_causal_lm(model).device)
     for tree in trees:
         with _activation_checkpointing(model, tree.num_tokens > max_tokens):
             loss = shared_prefix_loss(model, tree)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_DEPTH = 100  # of nested lists and objects; deeper than any file of ours by far
 
 
 class JsonError(ValueError):
@@ -16,15 +18,16 @@ class JsonError(ValueError):
 def loads(text: str) -> Any:
     """Parse one JSON value. Raises JsonError."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite_float)
+    except JsonError:
+        raise
     except json.JSONDecodeError as error:
         raise JsonError(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise JsonError("not readable: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
         raise JsonError(f"not readable: {error}") from None
-    if "\\u" in text or _SURROGATE.search(text):
-        _refuse_surrogates(value)
+    _check(value)
     return value
 
 
@@ -40,7 +43,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise JsonError(f"the key {key!r} stands twice in one object")
+            raise JsonError(f"the key {key[:40]!r} stands twice in one object")
         found[key] = value
     return found
 
@@ -49,15 +52,27 @@ def _refuse_constant(name: str) -> None:
     raise JsonError(f"{name} is not JSON")
 
 
-def _refuse_surrogates(value: Any) -> None:
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, str):
-            if found := _SURROGATE.search(item):
-                raise JsonError(f"unpaired surrogate U+{ord(found[0]):04X} in {item[:40]!r}")
-        elif isinstance(item, dict):
-            todo += item.keys()
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += item
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise JsonError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def _check(value: Any) -> None:
+    """Raises JsonError for an unpaired surrogate, and for nesting deeper than MAX_DEPTH."""
+    level, depth = [value], 0
+    while level:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                if found := _SURROGATE.search(item):
+                    raise JsonError(f"unpaired surrogate U+{ord(found[0]):04X} in {item[:40]!r}")
+            elif isinstance(item, dict):
+                inner += item.keys()
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level, depth = inner, depth + 1
+        if depth > MAX_DEPTH + 1:
+            raise JsonError("not readable: nested too deeply")

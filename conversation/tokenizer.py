@@ -7,6 +7,7 @@ Every tokenizer of the project comes from `load_tokenizer`, and every id that a 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ PROBES = (
         ),
     ),
 )
-"""Fixed texts for the fingerprint and the audit: control tokens in place and typed by a user, code, accents, numbers."""
+"""Fixed texts for fingerprint and audit: control tokens in place and typed by a user, code, accents, numbers."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[in
             ids.append(tokenizer.convert_tokens_to_ids(piece))
         else:
             cuts = [0, *(found.start() + 1 for found in CONTROL_PATTERN.finditer(piece)), len(piece)]
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in itertools.pairwise(cuts):
                 ids += tokenizer(piece[start:end], add_special_tokens=False)["input_ids"]
     return ids
 

@@ -11,8 +11,11 @@ What is ours, and why:
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
+import re
 import shutil
 import signal
 import time
@@ -23,6 +26,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -35,6 +39,7 @@ from conversation.runs import (
     differing_file,
     file_hashes,
     read_json,
+    replace_folder,
     write_atomically,
     write_json,
 )
@@ -55,8 +60,9 @@ KEPT_CHECKPOINTS = 3
 CHECKPOINT_HASHES = "hashes.json"
 HELD_OUT_TOKENS = 4096  # packed tokens per pass over held-out examples
 EXPLOSION = 1.5
-"""A window whose loss is more than this many times that of the first window stops the run: training has only ever
-brought the loss down from where the base model starts, and adapters that are worse than none are not worth more time."""
+"""A window whose loss is more than this many times the loss at the start stops the run: adapters that are so much worse
+than none are not worth more time. The loss at the start is the held-out loss before the first step; without held-out
+examples it is the first window's."""
 
 
 class Interrupted(UserError):
@@ -115,18 +121,18 @@ def train(
     Raises Interrupted after a signal; UserError (status 1) when the loss or a gradient is not finite, when the loss
     explodes, or when the disk is full.
     """
-    started = time.monotonic()
     set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = add_adapters(base, config)
-    progress = _Progress(run)
-    trainer = ConversationTrainer(model, data, config, run, callbacks=[progress, _Checkpoints(), _Explosion()])
-    progress.trainer = trainer
-    with _signals_heeded(progress):
-        try:
+    progress, explosion = _Progress(run), _Explosion()
+    try:
+        model = add_adapters(base, config)
+        trainer = ConversationTrainer(model, data, config, run, callbacks=[progress, _Checkpoints(), explosion])
+        progress.trainer = explosion.trainer = trainer
+        with _signals_heeded(progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (OSError, RuntimeError) as error:
-            raise _explained(error, run) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        trainable = sum(4 * p.numel() for p in base.parameters() if p.requires_grad)
+        raise _explained(error, run, 3 * trainable) from error
     if progress.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped by {progress.signal.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
@@ -146,7 +152,7 @@ def train(
         last_window_loss=windows[-1],
         held_out_loss_before=held_out[0] if held_out else None,
         held_out_loss=held_out[-1] if held_out else None,
-        seconds=time.monotonic() - started,
+        seconds=trainer.state.log_history[-1]["seconds"],
         peak_memory_gb=peak_memory_gb(),
         adapter_files=file_hashes(run.final_lora),
     )
@@ -158,15 +164,17 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
     shutil.rmtree(part, ignore_errors=True)
     try:
         model.save_pretrained(part, save_embedding_layers=False)
-        shutil.rmtree(run.final_lora, ignore_errors=True)
-        part.rename(run.final_lora)
+        replace_folder(part, run.final_lora)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise _explained(error, run) from error
+        raise _explained(error, run, sum(4 * p.numel() for p in model.parameters() if p.requires_grad)) from error
 
 
-def _explained(error: Exception, run: RunFolder) -> Exception:
-    """A full disk or exhausted memory as a UserError; anything else is a defect of ours and stays as it is."""
+def _explained(error: Exception, run: RunFolder, needed_bytes: int) -> Exception:
+    """A full disk or exhausted memory as a UserError; anything else is a defect of ours and stays as it is.
+
+    `needed_bytes` is the size of what may have been written; the half-written checkpoint is removed.
+    """
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return UserError(
@@ -174,9 +182,15 @@ def _explained(error: Exception, run: RunFolder) -> Exception:
             "close other programs, or lower --max_length",
             TRIED_AND_FAILED,
         )
-    if isinstance(error, OSError) or "No space left" in text or "file write failed" in text:
-        cause = error if isinstance(error, OSError) else OSError(28, "No space left on device")
-        return cannot_write(run.checkpoints, cause)
+    number = re.search(r"os error (\d+)", text)  # safetensors; torch.save does not say the cause
+    if isinstance(error, OSError) or number or "PytorchStreamWriter" in text or "unexpected pos" in text:
+        full = shutil.disk_usage(run.path).free < needed_bytes
+        code = int(number[1]) if number else errno.ENOSPC if full else errno.EIO
+        cause = error if isinstance(error, OSError) else OSError(code, os.strerror(code))
+        for path in run.checkpoints.glob("checkpoint-*"):
+            if not (path / CHECKPOINT_HASHES).exists():
+                shutil.rmtree(path, ignore_errors=True)
+        return cannot_write(run.checkpoints, cause, needed_bytes)
     return error
 
 
@@ -189,7 +203,7 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-# --- the trainer -------------------------------------------------------------------------------------------------------
+# --- the trainer -----------------------------------------------------------------------------------------------------
 
 
 class ConversationTrainer(Trainer):
@@ -241,7 +255,9 @@ class ConversationTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self._data = data
         self._budget: TokenBudget | None = None
+        self._made, self._clock = time.monotonic(), None
         self.step_loss = math.nan
+        self.step_questions: list[str] = []
 
     @property
     def budget(self) -> TokenBudget:
@@ -277,16 +293,18 @@ class ConversationTrainer(Trainer):
         total = self.accelerator.reduce(loss.clone(), "mean").item()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        self.step_loss, self.step_questions = total, [self._data.questions[i] for i, _ in inputs]
         if not math.isfinite(total) or not torch.isfinite(norm):
-            self._stop_for_bad_numbers("loss" if not math.isfinite(total) else "gradient", [i for i, _ in inputs])
-        self.step_loss = total
+            what = "loss" if not math.isfinite(total) else "gradient"
+            raise self.bad_numbers(f"the {what} of step {self.state.global_step + 1} is not finite")
         return loss
 
-    def _stop_for_bad_numbers(self, what: str, indices: list[int]) -> None:
-        questions = ", ".join(repr(self._data.questions[i]) for i in indices)
+    def bad_numbers(self, problem: str) -> UserError:
+        """The error for a training that went wrong at the step under way, with its examples and what is left of it."""
+        questions = ", ".join(map(repr, self.step_questions))
         saved = newest_intact_checkpoint(Path(self.args.output_dir))[0]
-        raise UserError(
-            f"the {what} of step {self.state.global_step + 1} is not finite; the examples of this step ask: {questions}",
+        return UserError(
+            f"{problem}; the examples of this step ask: {questions}" if questions else problem,
             (f"the last good checkpoint is {saved.name}; " if saved else "") + "a lower --learning_rate may help",
             TRIED_AND_FAILED,
         )
@@ -306,10 +324,20 @@ class ConversationTrainer(Trainer):
             sums += torch.stack([shared_prefix_loss(self.model, tree).double(), sums.new_tensor(tree.num_labels)])
         self.model.train(was_training)
         loss_sum, labels = self.accelerator.reduce(sums, "sum").tolist()
+        if not math.isfinite(loss_sum):
+            raise self.bad_numbers(f"the held-out loss after step {self.state.global_step} is not finite")
         metrics = {"eval_loss": loss_sum / labels, "eval_seconds": round(time.monotonic() - started, 1)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log with the seconds that training has taken, those before a resume included."""
+        now = time.monotonic()
+        if self._clock is None:
+            before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
+            self._clock = self._made - (before[-1] if before else 0.0)
+        super().log({**logs, "seconds": round(now - self._clock, 1)}, *args, **kwargs)
 
     def metric_at_end(self, name: str) -> float | None:
         """A metric that was logged after the last step, or None."""
@@ -352,7 +380,7 @@ class _EpochDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-# --- callbacks ---------------------------------------------------------------------------------------------------------
+# --- callbacks -------------------------------------------------------------------------------------------------------
 
 
 class _Progress(TrainerCallback):
@@ -380,6 +408,8 @@ class _Progress(TrainerCallback):
             rate = steps * args.train_batch_size * args.world_size / seconds
             self.bar.set_postfix_str(f"loss {self.trainer.step_loss:.3f}, {rate:.2f} examples/s", refresh=False)
             self.bar.update()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last window, however short
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
         return control
@@ -405,36 +435,46 @@ class _Progress(TrainerCallback):
 class _Checkpoints(TrainerCallback):
     """Writes the hashes of a checkpoint's files when it is complete."""
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, model, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+                shutil.rmtree(folder)
+                problem = f"the adapters after step {state.global_step} are not finite"
+                raise UserError(problem, "lower --learning_rate", TRIED_AND_FAILED)
             write_json(folder / CHECKPOINT_HASHES, file_hashes(folder))
 
 
 class _Explosion(TrainerCallback):
     """Stops a run whose loss explodes: see EXPLOSION."""
 
+    trainer: ConversationTrainer | None = None
+
     def on_log(self, args, state, control, logs, **kwargs):
-        windows = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if "loss" in logs and windows and logs["loss"] > EXPLOSION * windows[0]:
-            raise UserError(
+        if "loss" not in logs:
+            return
+        held_out = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] == 0]
+        at_start = (held_out + [e["loss"] for e in state.log_history if "loss" in e])[0]
+        if not logs["loss"] <= EXPLOSION * at_start:
+            raise self.trainer.bad_numbers(
                 f"the loss explodes: {logs['loss']:.2f} in the window up to step {state.global_step}, more than "
-                f"{EXPLOSION} times the first window's {windows[0]:.2f}",
-                "lower --learning_rate; checkpoints from before are kept",
-                TRIED_AND_FAILED,
+                f"{EXPLOSION} times the {at_start:.2f} at the start"
             )
 
 
 @contextlib.contextmanager
 def _signals_heeded(progress: _Progress) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the training after the step under way."""
+    """Ctrl-C, SIGTERM and a closed terminal end the training after the step under way."""
 
     def note(number: int, frame: Any) -> None:
         if progress.signal is None:
             tqdm.write(f"{signal.Signals(number).name}: saving after this step ...")
         progress.signal = signal.Signals(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed; `nohup` ignores that
+        heeded.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield
     finally:
@@ -442,7 +482,7 @@ def _signals_heeded(progress: _Progress) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

@@ -1,7 +1,7 @@
 """Conversation trees: read them, check them, walk them into examples.
 
-A tree is one JSON file, `<domain>/<root>.json`: a root question and nodes, each with 1 to 4 texts and exactly 3 choices.
-The format is `data/conversation_tree.schema.json`, which `read_tree` enforces together with what a schema cannot say:
+A tree is one JSON file, `<domain>/<root>.json`: a root question and nodes, each with 1 to 4 texts and 3 choices. The
+format is `data/conversation_tree.schema.json`, which `read_tree` enforces together with what a schema cannot say:
 each target stands once, every node is reached from the root, and by one choice only.
 """
 

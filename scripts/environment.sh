@@ -1,21 +1,29 @@
-# Sourced by the scripts that need an environment: prepare_environment REQUIREMENTS... prints its python.
+# Sourced by the scripts that need an environment:
+#   prepare_environment FILE...   makes .venv from the first requirements file (anew when that file changes), adds the
+#                                 others, and prints its python; within a second when all is there already.
 
 prepare_environment() {
-    local venv="${VIRTUAL_ENV_DIR:-$PWD/.venv}" base wanted
-    wanted=$(cat "$@" | cksum)
-    if [ "$(cat "$venv/requirements.cksum" 2>/dev/null)" != "$wanted" ]; then
+    local venv="${VIRTUAL_ENV_DIR:-$PWD/.venv}" base file wanted stamp
+    if [ "$(cat "$venv/$1.cksum" 2>/dev/null)" != "$(cksum <"$1")" ]; then
         base=$(command -v python3.11 || command -v python3) || { echo "error: there is no python3" >&2; return 2; }
-        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-            echo "error: $base is older than Python 3.11" >&2
-            echo "hint: install Python 3.11 with its venv module" >&2
+        if ! "$base" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "error: $base is older than Python 3.11, or has no venv module" >&2
+            echo "hint: install Python 3.11 with venv (Debian: apt-get install python3.11-venv)" >&2
             return 2
-        }
-        echo "Making $venv from $* (once) ..." >&2
+        fi
+        echo "Making $venv (once; downloads about 1 GB) ..." >&2
         rm -rf "$venv"
-        "$base" -m venv "$venv" >&2
-        local file
-        for file in "$@"; do "$venv/bin/python" -m pip install --quiet --requirement "$file" >&2; done
-        echo "$wanted" >"$venv/requirements.cksum"
+        "$base" -m venv "$venv" >&2 || return 2
     fi
+    for file in "$@"; do
+        stamp="$venv/$file.cksum" wanted=$(cksum <"$file")
+        [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && continue
+        if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$file" >&2; then
+            echo "error: the packages of $file could not be installed into $venv" >&2
+            echo "hint: see pip's message above; the same command goes on where it stopped" >&2
+            return 2
+        fi
+        echo "$wanted" >"$stamp"
+    done
     echo "$venv/bin/python"
 }

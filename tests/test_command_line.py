@@ -1,0 +1,61 @@
+"""The command line: help at once, every flag with its default, one clear error for what a user can cause."""
+
+import time
+
+import pytest
+from conftest import run_script
+
+from conversation_config import DEMO_RECIPE, TrainingConfig
+
+SCRIPTS = ("train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_within_two_seconds_from_any_folder(script, tmp_path):
+    started = time.monotonic()
+    shown = run_script(script, "--help", cwd=tmp_path)
+    assert time.monotonic() - started < 2
+    assert shown.returncode == 0 and "usage" in shown.stdout
+
+
+def test_every_setting_is_a_flag_with_its_default():
+    shown = run_script("train_conversation.py", "--help").stdout
+    for name, value in TrainingConfig().as_dict().items():
+        assert f"--{name}" in shown
+        assert value == "" or f"(default: {value})" in " ".join(shown.split())
+
+
+def test_the_demo_recipe_names_real_settings():
+    TrainingConfig(**DEMO_RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rate", "-1"], "learning_rate must be greater than 0"),
+        (["--learning_rate", "nan", "--lora_r", "0"], "--lora_r must be greater than 0"),
+        (["--learning_rate", "abc"], "invalid float value"),
+        (["--held_out_share", "1.5"], "--held_out_share must be at least 0"),
+        (["--max_steps", "0"], "--max_steps must be at least 1"),
+        (["--no_such_flag"], "unrecognized arguments"),
+        (["--fp16"], "FP16 is refused"),
+        (["--bf16"], "BF16 is refused"),
+        (["--training_data", "absent.jsonl"], "no training data at"),
+        (["--domains", "cooking"], "unknown domain: cooking"),
+        (["--base_model", "no such model"], "unknown base model"),
+        (["--base_model", "./nowhere"], "unknown base model"),
+        (["--resume", "--run_dir", "nowhere"], "run.json is missing"),
+    ],
+)
+def test_a_bad_flag_is_one_error_and_status_2_and_changes_nothing(tmp_path, flags, words):
+    done = run_script("train_conversation.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
+    done = run_script(script, "--run_dir", tmp_path)
+    assert done.returncode == 2 and "is not a run folder" in done.stderr
+    assert list(tmp_path.iterdir()) == []
