@@ -36,14 +36,15 @@ def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> 
     if training:
         axes.plot(*zip(*training, strict=True), color=TRAINING_COLOUR, linewidth=1.8, label="training, by window")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o--", color=HELD_OUT_COLOUR, linewidth=1.5, label="held-out trees")
-        last_epoch, last = held_out[-1]
-        axes.annotate(
-            f"{last:.3f}", (last_epoch, last), (0, 8), textcoords="offset points", ha="right", color=HELD_OUT_COLOUR
-        )
+        # Points without a line while there are only two: a straight line between them would tell of a course unseen.
+        style = {"marker": "o", "linestyle": "--" if len(held_out) > 2 else "none", "clip_on": False, "zorder": 3}
+        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, label="held-out trees", **style)
+        for epoch, loss in (held_out[0], held_out[-1]):
+            place = {"xytext": (8, 8), "textcoords": "offset points", "color": HELD_OUT_COLOUR}
+            axes.annotate(f"{loss:.3f}", (epoch, loss), **place)
     counted = "completion" if loss_on == "completion" else "all"
     axes.set(xlabel="epoch", ylabel=f"loss per token ({counted} tokens), nats", ylim=(0, None))
-    axes.set_xlim(0, None)
+    axes.set_xlim(0, max((epoch for epoch, _ in training + held_out), default=1) * 1.08)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if training or held_out:

@@ -35,7 +35,8 @@ def main() -> int:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"})
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), facecolor="white", layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.15, w_pad=0.12, hspace=0.05)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_facecolor("white")
@@ -46,7 +47,7 @@ def main() -> int:
     draw_confidences(axes[1, 1], trees)
     draw_gaps(axes[1, 2], trees)
     nodes = sum(len(tree.nodes) for tree in trees)
-    figure.suptitle(f"{len(trees)} conversation trees, {nodes:,} examples", x=0.01, ha="left", fontsize=13)
+    figure.suptitle(f"{len(trees)} conversation trees, {nodes:,} examples", fontsize=14)
     figure.savefig(args.output, dpi=120, facecolor="white", metadata={"Software": None})
     return 0
 
@@ -85,11 +86,12 @@ def draw_lengths(axis: Axes, trees: list[Tree]) -> None:
     fragments = [len(text) for node in nodes for text in node.texts]
     axis.hist(follow_ups, step, color=ORANGE, alpha=0.75, label=f"follow-ups (at most {MAX_FOLLOW_UP})")
     axis.hist(fragments, step, color=BLUE, alpha=0.75, label=f"answer fragments (at most {MAX_FRAGMENT})")
-    axis.set_title("Lengths")
+    axis.set_title("Lengths of the texts")
     axis.set_xlabel("characters")
     axis.set_ylabel("texts")
     axis.legend(frameon=False, loc="upper left", fontsize=9)
-    axis.margins(y=0.25)
+    axis.set_xlim(0, MAX_FRAGMENT + 4)
+    axis.margins(y=0.3)
 
 
 def draw_confidences(axis: Axes, trees: list[Tree]) -> None:
@@ -111,9 +113,10 @@ def draw_gaps(axis: Axes, trees: list[Tree]) -> None:
     mean = sum(gaps) / len(gaps)
     axis.hist(gaps, [i / 100 - 0.005 for i in range(0, 102, 4)], color=GREY)
     axis.axvline(mean, color="black", linewidth=1)
-    axis.text(mean + 0.015, axis.get_ylim()[1] * 0.95, f"mean {mean:.2f}", va="top")
-    axis.set_title("Confidence gap: largest minus smallest of an answer")
-    axis.set_xlabel("gap")
+    axis.margins(y=0.15)
+    axis.text(mean + 0.015, axis.get_ylim()[1] * 0.98, f"mean {mean:.2f}", va="top")
+    axis.set_title("Confidence gap within an answer")
+    axis.set_xlabel("largest minus smallest confidence")
     axis.set_ylabel("answers")
     axis.set_xlim(0, 0.9)
 

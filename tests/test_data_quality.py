@@ -217,6 +217,14 @@ def test_the_result_prints_for_people_and_as_json(own_quality):
     assert "Boilerplate: 1\n  systems/dns_again: dns_again: 'There are many servers.'" in str(bad)
 
 
+def test_the_card_tells_the_true_figures(own_quality):
+    card = (TREES.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{own_quality.trees} trees, {own_quality.examples:,} examples" in card
+    for domain, trees in own_quality.trees_by_domain.items():
+        row = f"| {domain.replace('_', ' ')} | {trees} | {own_quality.examples_by_domain[domain]} |"
+        assert row in card, f"data/README.md lacks {row}"
+
+
 def test_the_check_needs_neither_torch_nor_transformers():
     code = (
         "import sys, conversation.data_quality; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"

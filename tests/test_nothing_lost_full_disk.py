@@ -1,0 +1,154 @@
+"""Promise: a full disk, a read-only folder, no permission: a clear error, nothing half-written under a final name."""
+
+import errno
+import os
+import shutil
+import subprocess
+
+import pytest
+from faults import (
+    adapters,
+    easy_data,
+    finished,
+    flags,
+    leftovers,
+    small_disk,
+    trained,
+    untouched,
+    without_the_right_to_write_anywhere,
+)
+
+from conversation import base_models, runs
+from conversation.errors import UserError
+from conversation.runs import RunFolder
+from conversation.training import newest_intact_checkpoint
+
+__all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
+TRAIN, MERGE = "train_conversation.py", "merge_conversation_model.py"
+NO_RIGHTS = (("without_the_right_to_write_anywhere",),)
+
+
+def stopped_at_six(run, flags, tmp_path) -> None:
+    """A run whose newest checkpoint is of step 6 of 12."""
+    status, output = finished(TRAIN, "--run_dir", run, *flags, output=tmp_path / "first")
+    assert status == 0, output
+    folder = RunFolder(run)
+    for name in ("checkpoint-9", "checkpoint-12", "final_lora"):
+        shutil.rmtree(folder.checkpoints / name)
+
+
+def only_whole_checkpoints(run) -> bool:
+    folders = [path for path in RunFolder(run).checkpoints.iterdir() if path.is_dir()]
+    return all((path / "hashes.json").exists() for path in folders) and not leftovers(run)
+
+
+@pytest.mark.parametrize("free", [0, 60_000, 300_000, 900_000])
+def test_a_disk_that_fills_up_in_the_training_costs_nothing_but_the_time_since_the_last_checkpoint(
+    tmp_path, flags, untouched, free
+):
+    with small_disk(tmp_path / "disk", 40_000_000) as disk:
+        run = tmp_path / "disk" / "run"
+        shutil.copytree(untouched, run)
+        for name in ("checkpoint-9", "checkpoint-12", "final_lora"):
+            shutil.rmtree(RunFolder(run).checkpoints / name, ignore_errors=True)
+        shutil.copytree(RunFolder(run).checkpoints / "checkpoint-6", run / "checkpoints" / "checkpoint-6", dirs_exist_ok=1)
+        if disk:
+            disk.leave(free)
+            faults = ()
+        else:
+            faults = (("no_file_larger_than", 20_000 + free // 4),)
+        status, output = finished(TRAIN, "--run_dir", run, "--resume", output=tmp_path / "full", faults=faults)
+        assert status == 1 and "error: cannot write " in output and "hint: " in output, output
+        if disk:
+            assert "No space left on device" in output and "more are needed" in output
+        assert only_whole_checkpoints(run) and not RunFolder(run).final_lora.exists()
+        assert newest_intact_checkpoint(RunFolder(run).checkpoints)[0] is not None
+        if disk:
+            disk.empty()
+        status, output = finished(TRAIN, "--run_dir", run, "--resume", output=tmp_path / "again")
+        assert status == 0 and adapters(run) == adapters(untouched), output
+
+
+@pytest.mark.parametrize("share", [0.05, 0.6, 0.97])
+def test_a_disk_that_fills_up_in_the_merge_leaves_the_old_model_or_none(trained, tmp_path, share):
+    run = RunFolder(trained)
+    before = runs.file_hashes(run.merged_model)
+    size = (run.merged_model / "model.safetensors").stat().st_size
+    faults = (("no_file_larger_than", int(share * size)),)
+    status, output = finished(MERGE, "--run_dir", run.path, output=tmp_path / "out", faults=faults)
+    assert status == 1 and "error: cannot write " in output, output
+    assert runs.file_hashes(run.merged_model) == before and not leftovers(run.path)
+
+
+def test_room_is_checked_beforehand_and_how_much_is_missing_is_said(tmp_path, flags, trained, monkeypatch):
+    with small_disk(tmp_path / "disk", 1_500_000) as disk:
+        if disk:
+            status, output = finished(TRAIN, "--run_dir", disk.folder / "run", *flags, output=tmp_path / "out")
+            assert status == 2 and "training and the merged model after it needs" in output and "hint: free " in output
+            assert os.listdir(disk.folder) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 1000))
+    with pytest.raises(UserError, match="needs") as caught:
+        runs.check_room(tmp_path, 5_000_000, "training")
+    assert "5.0 MB" in str(caught.value) and "free 5.0 MB there" in caught.value.hint
+
+
+def test_the_room_that_is_asked_for_is_what_a_run_takes(untouched, tiny_folder):
+    run = RunFolder(untouched)
+    weights = (run.final_lora / "adapter_model.safetensors").stat().st_size
+    assert weights * 0.9 < base_models.adapter_bytes(tiny_folder, 16) < weights
+    for checkpoint in run.checkpoints.glob("checkpoint-*"):
+        taken = sum(path.stat().st_size for path in checkpoint.iterdir())
+        assert taken < 3 * base_models.adapter_bytes(tiny_folder, 16) + 200_000
+
+
+@pytest.mark.parametrize("what", ["an atomic write", "run.json", "the lock", "an attempt"])
+def test_a_read_only_folder_is_said_plainly(tmp_path, what):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.update(started="2026")
+    work = {
+        "an atomic write": lambda: runs.write_atomically(run.path / "file", b"x"),
+        "run.json": lambda: run.update(started="2027"),
+        "the lock": lambda: runs.hold(run.path).__enter__(),
+        "an attempt": lambda: runs.begin_attempt(run.path),
+    }[what]
+    run.path.chmod(0o555)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        without_the_right_to_write_anywhere()
+        try:
+            work()
+            os.write(writer, b"no error")
+        except UserError as error:
+            os.write(writer, f"{error} / {error.hint}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(reader, 10_000).decode()
+    run.path.chmod(0o755)
+    assert "cannot" in said and str(run.path) in said and "Permission denied" in said, said
+    assert run.read()["started"] == "2026" and os.listdir(run.path) == ["run.json"]
+
+
+def test_training_into_a_folder_without_permission_is_refused_before_it_begins(tmp_path, flags):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    status, output = finished(
+        TRAIN, "--run_dir", tmp_path / "closed" / "run", *flags, output=tmp_path / "out", faults=NO_RIGHTS
+    )
+    assert status == 2 and "Permission denied" in output and "name another with --run_dir" in output
+    assert os.listdir(tmp_path / "closed") == []
+
+
+def test_a_read_only_disk_is_said_plainly(tmp_path, flags):
+    with small_disk(tmp_path / "disk", 40_000_000) as disk:
+        if disk is None:
+            (tmp_path / "disk").chmod(0o555)
+            faults, words = NO_RIGHTS, "Permission denied"
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", disk.folder], check=True)
+            faults, words = (), os.strerror(errno.EROFS)
+        status, output = finished(
+            TRAIN, "--run_dir", tmp_path / "disk" / "run", *flags, output=tmp_path / "out", faults=faults
+        )
+        assert status == 2 and words in output and "--run_dir" in output

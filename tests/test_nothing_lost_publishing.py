@@ -1,0 +1,198 @@
+"""Promise: publishing is atomic; what was published stays; no reader ever sees half a folder under a final name."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+from faults import Retrain, die_at, make_home, published
+from test_runs import finished_attempt
+
+from conversation import reporting, runs
+from conversation.errors import UserError
+from conversation.runs import RunFolder
+
+CALLS = ("rename", "replace", "unlink", "symlink", "fsync", "rmtree", "mkdir")
+
+
+def killed_at(number: int, work) -> bool:
+    """Whether `work`, in a process of its own, was killed before its `number`-th change on disk (else it finished)."""
+
+    def child():
+        die_at(number, *CALLS)
+        work()
+
+    reporting.draw_loss_curve([], "completion", runs.Path(os.devnull))  # what it imports is imported once, here
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -9)
+    return process.exitcode == -9
+
+
+@pytest.fixture(autouse=True)
+def quick_reports(monkeypatch):
+    """The report's text and curve are tested elsewhere."""
+    monkeypatch.setattr(reporting, "draw_loss_curve", lambda metrics, loss_on, path: runs.write_atomically(path, b"png"))
+
+
+def is_whole(path) -> bool:
+    return RunFolder(path).read()["published"] is not None and RunFolder(path).report.exists()
+
+
+def test_publishing_killed_before_each_of_its_changes_on_disk_shows_the_old_run_or_the_new_one_and_is_finished(tmp_path):
+    number, kills = 1, 0
+    while True:
+        root = tmp_path / str(number)
+        old = runs.publish(finished_attempt(root), root, "")
+        attempt = finished_attempt(root)
+        killed = killed_at(number, lambda attempt=attempt, root=root: runs.publish(attempt, root, "./RETRAIN.sh"))
+        latest = (root / "latest").resolve()
+        assert is_whole(latest) and is_whole(old)
+        new = root / f"{old.name}-2"
+        assert not new.exists() or is_whole(new)
+        runs.finish_publishing(root)  # what the next retrain does first
+        if left := runs.newest_attempt(root):
+            assert (root / "latest").resolve() == old.resolve()
+            runs.publish(RunFolder(left), root, "./RETRAIN.sh")
+        assert (root / "latest").resolve() == new.resolve() and is_whole(new)
+        assert not [path for path in new.rglob("*.part")] and not (root / "attempts" / runs.PUBLISHING).exists()
+        if not killed:
+            break
+        number, kills = number + 1, kills + 1
+    assert kills >= 10
+
+
+def test_beginning_an_attempt_killed_at_any_change_leaves_whole_attempts_and_is_begun_again(tmp_path):
+    number = 1
+    while True:
+        root = tmp_path / str(number)
+        finished_attempt(root, passed=False)
+        killed = killed_at(number, lambda root=root: runs.begin_attempt(root, ["--demo"]))
+        if left := runs.newest_attempt(root):
+            assert (left / "retrain_flags.json").exists()
+            assert not (left / "run.json").exists() or RunFolder(left).read()["started"]
+        fresh = runs.begin_attempt(root, ["--demo"])
+        assert [path.name for path in (root / "attempts").iterdir() if path.is_dir()] == [fresh.name]
+        if not killed:
+            break
+        number += 1
+    assert number > 5
+
+
+def test_a_new_attempt_cleans_attempts_and_nothing_else(tmp_path):
+    finished_attempt(tmp_path, passed=False)
+    mine = [tmp_path / "attempts" / "notes", tmp_path / "2026-01-01", tmp_path / "my experiment"]
+    for folder in mine:
+        folder.mkdir()
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    link = tmp_path / "attempts" / "2026-01-01_00-00-00"
+    link.symlink_to(outside)
+    fresh = runs.begin_attempt(tmp_path)
+    assert all(folder.exists() for folder in [*mine, outside, link])
+    assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == [link.name, fresh.name, "notes"]
+
+
+def test_an_attempt_in_use_is_not_cleaned(tmp_path):
+    attempt = finished_attempt(tmp_path, passed=False)
+    with runs.hold(attempt.path), pytest.raises(UserError, match="in use by process"):
+        runs.begin_attempt(tmp_path)
+    assert attempt.run_json.exists()
+
+
+@pytest.mark.parametrize("broken", ["structural_tests.json", "metrics.jsonl"])
+def test_a_run_with_a_broken_result_is_not_published(tmp_path, broken):
+    old = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    attempt = finished_attempt(tmp_path)
+    attempt.metrics.write_text("")
+    files = {path.name: runs.sha256_file(path) for path in (attempt.structural_tests, attempt.metrics)}
+    attempt.update(structural_tests={**attempt.read()["structural_tests"], "files": files})
+    (attempt.path / broken).write_bytes(b"{}")
+    with pytest.raises(UserError, match=rf"not published: .*{broken} is broken") as caught:
+        runs.publish(attempt, tmp_path, "")
+    assert caught.value.exit_status == 1 and "--resume" in caught.value.hint
+    assert (tmp_path / "latest").resolve() == old.resolve() and attempt.path.exists()
+
+
+def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
+    final, part, files = tmp_path / "model", tmp_path / ".model.part", 40
+    stop, halves, seen = threading.Event(), [], 0
+
+    def read():
+        nonlocal seen
+        while not stop.is_set():
+            try:
+                descriptor = os.open(final, os.O_RDONLY | os.O_DIRECTORY)  # a reader that has entered the folder
+            except FileNotFoundError:
+                continue
+            names = os.listdir(descriptor)
+            same = os.path.exists(final) and os.path.samestat(os.fstat(descriptor), os.stat(final))
+            os.close(descriptor)
+            seen += 1
+            if same and len(names) != files:
+                halves.append(names)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(60):
+            part.mkdir()
+            for i in range(files):
+                (part / str(i)).write_bytes(b"x")
+            runs.replace_folder(part, final)
+    finally:
+        stop.set()
+        reader.join()
+    assert seen > 10 and not halves and os.listdir(tmp_path) == ["model"]
+
+
+# --- RETRAIN.sh --------------------------------------------------------------------------------------------------------
+
+
+def spoil(home, script: str) -> None:
+    """Let a stage of this home fail in its middle."""
+    path = home / script
+    path.write_text(path.read_text().replace("\ndef main() -> int:\n", "\ndef main() -> int:\n    FAULT\n", 1))
+
+
+@pytest.mark.slow
+def test_a_retrain_that_fails_at_any_stage_leaves_what_was_published_and_keeps_the_attempt_with_the_reason(
+    tmp_path, tiny_folder
+):
+    home = make_home(tmp_path / "home", tiny_folder)
+    root = home / "training-runs" / "conversation"
+    data = ["--base_model", "base", "--training_data", "easy.jsonl"]
+    learns = "--max_steps 160 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0"
+    assert Retrain(home, *data, *learns.split()).finish() == 0
+    (run,) = published(home)
+    before = runs.file_hashes(run), os.readlink(root / "latest")
+    scripts = {name: (home / name).read_text() for name in os.listdir(home) if name.endswith("_model.py")}
+    faults = {
+        "Train": lambda: ["--learning_rate", "30", "--warmup_steps", "0"],
+        "Merge": lambda: spoil(home, "merge_conversation_model.py") or [],
+        "Structural tests": lambda: ["--learning_rate", "1e-9"],
+        "Publish": lambda: shutil.copy("/bin/false", home / ".venv" / "bin" / "python2") and [],
+    }
+    for stage in ("Train", "Merge", "Structural tests"):
+        retrain = Retrain(home, *data, "--max_steps", "6", "--logging_steps", "1", *faults[stage]())
+        status = retrain.finish()
+        assert status == 1, retrain.output
+        for name, text in scripts.items():
+            (home / name).write_text(text)
+        assert (runs.file_hashes(run), os.readlink(root / "latest")) == before
+        (attempt,) = (root / "attempts").glob("20*")  # the one before was cleaned
+        log = (attempt / "console.log").read_text().splitlines()
+        assert stage in log[-1] and "ended with status 1" in log[-1] and len(log) > 3
+        assert "what was published before is untouched" in retrain.output
+
+
+@pytest.mark.parametrize("flags", [["--run_dir", "x"], ["--check_data"], ["--json"]])
+def test_retrain_refuses_flags_that_would_lead_its_stages_elsewhere(tmp_path, flags):
+    done = subprocess.run(["./RETRAIN.sh", *flags], cwd=runs.PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "is not for RETRAIN.sh" in done.stderr
+    short = [sys.executable, "train_conversation.py", flags[0][:-2], *flags[1:]]
+    assert "unrecognized arguments" in subprocess.run(short, cwd=runs.PROJECT, capture_output=True, text=True).stderr

@@ -1,0 +1,87 @@
+"""Promise: the second process in a run folder is told who holds it, since when, and leaves; a dead holder is no holder."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import psutil
+from faults import Retrain, easy_data, finished, flags, make_home, resumed_retrain, start, trained, until, untouched
+
+from conversation import runs
+from conversation.runs import RunFolder, file_hashes
+
+__all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
+SINCE = r"since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d"
+
+
+def test_every_script_is_told_who_works_in_the_folder_and_leaves_it_as_it_is(trained, tmp_path):
+    before = file_hashes(trained)
+    with runs.hold(trained):
+        for script, more in (
+            ("train_conversation.py", ["--resume"]),
+            ("merge_conversation_model.py", []),
+            ("test_conversation_model.py", []),
+        ):
+            status, output = finished(script, "--run_dir", trained, *more, output=tmp_path / "out")
+            assert status == 2 and re.search(rf"in use by process {os.getpid()} {SINCE}", output), output
+            assert "hint: wait until it has finished, or stop it" in output
+    after = file_hashes(trained)
+    assert {**after, ".lock": ""} == {**before, ".lock": ""}
+
+
+def test_two_trainings_that_begin_at_once_in_one_folder_are_one_training(tmp_path, flags, untouched):
+    run = tmp_path / "run"
+    both = [start("train_conversation.py", "--run_dir", run, *flags, output=tmp_path / f"{i}") for i in range(2)]
+    statuses = sorted(one.finish() for one in both)
+    assert statuses == [0, 2], [one.output for one in both]
+    refused = next(one.output for one in both if "error: " in one.output)
+    assert "in use by process" in refused or "holds a run already" in refused
+    assert RunFolder(run).read()["training"]["adapter_files"] == RunFolder(untouched).read()["training"]["adapter_files"]
+
+
+def test_a_dead_holders_lock_is_taken_over(tmp_path, flags):
+    run = tmp_path / "run"
+    first = start("train_conversation.py", "--run_dir", run, *flags, output=tmp_path / "first")
+    until((run / "run.json").exists, first)
+    held = (run / ".lock").read_text()
+    assert f"process {first.pid} since" in held
+    first.kill()
+    with runs.hold(run):
+        assert f"process {os.getpid()} since" in (run / ".lock").read_text()
+
+
+def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_it_lives_on(tmp_path, tiny_folder):
+    home = make_home(tmp_path / "home", tiny_folder)
+    first = Retrain(home, "--base_model", "base", "--training_data", "easy.jsonl", "--max_steps", "100000")
+    lock = home / "training-runs" / "conversation" / "attempts" / ".lock"
+    assert until(lambda: lock.exists() and f"process {first.process.pid} since" in lock.read_text(), first)
+    assert until(lambda: first.process.children(), first)
+
+    def second() -> str:
+        done = subprocess.run(["./RETRAIN.sh"], cwd=home, capture_output=True, text=True)
+        assert done.returncode == 2, done.stdout + done.stderr
+        return done.stderr
+
+    try:
+        assert re.search(rf"in use by process {first.process.pid} {SINCE}\n", second())
+        stages = first.process.children()
+        first.process.send_signal(signal.SIGKILL)
+        first.process.wait()
+        said = second()
+        assert f"process {first.process.pid} since" in said and "itself ended" in said
+        assert any(str(stage.pid) in said.split("at work yet")[1] for stage in stages)
+    finally:
+        for stage in psutil.process_iter():
+            if stage.is_running() and str(home) in " ".join([*stage.cmdline(), stage_folder(stage)]):
+                stage.kill()
+    time.sleep(0.2)
+    assert resumed_retrain(home).finish() == 2  # the lock is free: nothing was begun that could be resumed
+
+
+def stage_folder(process: psutil.Process) -> str:
+    try:
+        return process.cwd()
+    except (psutil.Error, OSError):
+        return ""
