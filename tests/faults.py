@@ -1,14 +1,14 @@
 """Faults to inject, and the scripts to inject them into.
 
-`start` runs a script in a process forked from one that has torch and transformers loaded: the same code as from a shell,
-seconds earlier. `faults` names functions of this module that the process calls first, to break something under the script.
+`start` runs a script in a process forked from one that has torch and transformers loaded: the same code as from a
+shell, seconds earlier. `faults` names functions of this module that the process calls first, to break something under
+the script.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import io
 import multiprocessing
 import os
@@ -32,14 +32,14 @@ from conversation.runs import RunFolder, sha256_file
 PRELOADED = ["torch", "peft", "accelerate", "transformers", "transformers.models.gemma3.modeling_gemma3"]
 PRELOADED += ["conversation.training", "conversation.merging", "conversation.reporting", "matplotlib.figure"]
 
-TINY = "--max_steps 12 --save_steps 3 --logging_steps 2 --learning_rate 3e-3 --warmup_steps 2 --held_out_share 0.2".split()
+TINY = "--max_steps 12 --save_steps 3 --logging_steps 2 --learning_rate 3e-3 --warmup_steps 2 --held_out_share 0.2"
 """A training of seconds, with dropout and several checkpoints; it does not learn enough to pass any test."""
 
 LEARNS = "--max_steps 160 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0".split()
 """A training of half a minute after which the tiny model passes the three structural tests."""
 
 
-# --- scripts as processes ----------------------------------------------------------------------------------------------
+# --- scripts as processes ------------------------------------------------------------------------------------------
 
 
 class Running:
@@ -135,7 +135,7 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.endswith(".part")]
 
 
-# --- faults ------------------------------------------------------------------------------------------------------------
+# --- faults --------------------------------------------------------------------------------------------------------
 
 
 def bad_numbers_at(call: int, what: str) -> None:
@@ -243,7 +243,7 @@ def small_disk(folder: Path, size: int) -> Iterator[SmallDisk | None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-# --- RETRAIN.sh --------------------------------------------------------------------------------------------------------
+# --- RETRAIN.sh ----------------------------------------------------------------------------------------------------
 
 
 def make_home(folder: Path, base: Path) -> Path:
@@ -322,7 +322,7 @@ def published(home: Path) -> list[Path]:
     return found
 
 
-# --- fixtures that several files use -----------------------------------------------------------------------------------
+# --- fixtures that several files use -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -335,7 +335,7 @@ def easy_data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def flags(tiny_folder, easy_data) -> list[object]:
     """The flags of the tiny training but its run folder."""
-    return ["--base_model", tiny_folder, "--training_data", easy_data, *TINY]
+    return ["--base_model", tiny_folder, "--training_data", easy_data, *TINY.split()]
 
 
 @pytest.fixture(scope="session")
@@ -352,5 +352,3 @@ def untouched(tmp_path_factory, flags) -> Path:
 def trained(untouched, tmp_path) -> Path:
     """A copy of that run, to be broken."""
     return shutil.copytree(untouched, tmp_path / "run")
-
-

@@ -1,4 +1,4 @@
-"""Promise: a truncated or changed file is found before it is used and named; --resume takes the newest intact checkpoint."""
+"""Promise: a truncated or changed file is found before it is used, and named; --resume takes what is intact."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ __all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
 TRAIN, MERGE, TEST = "train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py"
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS, ids=["flipped bit", "truncated", "missing"])
@@ -46,7 +46,7 @@ def test_resuming_says_that_a_checkpoint_is_broken_and_ends_with_the_same_bytes(
     assert adapters(run.path) == adapters(untouched)
 
 
-# --- adapters, merged model, base model --------------------------------------------------------------------------------
+# --- adapters, merged model, base model ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS, ids=["flipped bit", "truncated", "missing"])
@@ -80,7 +80,7 @@ def test_a_broken_merged_model_is_named_not_tested_not_published_and_merged_agai
     assert status == 0 and "merged again" in output and weights.read_bytes() == whole
 
 
-def test_a_base_that_changed_since_the_training_is_not_merged_with(trained, tiny_folder, tmp_path):
+def test_a_base_that_changed_since_the_training_is_not_merged_with(trained, tiny_folder, easy_data, tmp_path):
     run = RunFolder(trained)
     for name, words in (("model.safetensors", "other weights"), ("config.json", "config.json is not the one")):
         base = shutil.copytree(tiny_folder, tmp_path / f"changed {name}")
@@ -92,11 +92,12 @@ def test_a_base_that_changed_since_the_training_is_not_merged_with(trained, tiny
         assert status == 2 and words in output, output
     truncate(base / "model.safetensors")
     shutil.copy(tiny_folder / "config.json", base)
-    status, output = finished(TRAIN, "--base_model", base, "--run_dir", tmp_path / "new", output=tmp_path / "out")
+    flags = ["--base_model", base, "--training_data", easy_data, "--run_dir", tmp_path / "new"]
+    status, output = finished(TRAIN, *flags, output=tmp_path / "out")
     assert status == 2 and str(base) in output and "fetch or make" in output and not (tmp_path / "new").exists()
 
 
-# --- run.json, metrics, data, verdicts ---------------------------------------------------------------------------------
+# --- run.json, metrics, data, verdicts -----------------------------------------------------------------------------
 
 
 def test_any_changed_byte_of_the_record_is_found(trained):

@@ -28,7 +28,7 @@ __all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
 TRAIN, MERGE, TEST = "train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py"
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -82,7 +82,7 @@ def test_a_closed_terminal_saves_a_checkpoint_too(tmp_path, flags):
     assert first.finish() == 129 and list((run / "checkpoints").glob("checkpoint-*/hashes.json"))
 
 
-# --- merging and testing -----------------------------------------------------------------------------------------------
+# --- merging and testing -------------------------------------------------------------------------------------------
 
 
 def test_a_merge_that_is_killed_leaves_nothing_under_the_final_name_and_is_done_again(trained, tmp_path):
@@ -122,7 +122,7 @@ def test_testing_that_is_killed_is_done_again(trained, tmp_path):
     assert status == 1 and "0 of 3 structural tests passed" in output and run.structural_tests.exists()
 
 
-# --- the whole of RETRAIN.sh -------------------------------------------------------------------------------------------
+# --- the whole of RETRAIN.sh ---------------------------------------------------------------------------------------
 
 
 def undisturbed_adapters(home, tmp_path) -> str:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +24,6 @@ def killed_at(number: int, work) -> bool:
         die_at(number, *CALLS)
         work()
 
-    reporting.draw_loss_curve([], "completion", runs.Path(os.devnull))  # what it imports is imported once, here
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     process.join()
@@ -36,14 +34,14 @@ def killed_at(number: int, work) -> bool:
 @pytest.fixture(autouse=True)
 def quick_reports(monkeypatch):
     """The report's text and curve are tested elsewhere."""
-    monkeypatch.setattr(reporting, "draw_loss_curve", lambda metrics, loss_on, path: runs.write_atomically(path, b"png"))
+    monkeypatch.setattr(reporting, "draw_loss_curve", lambda *arguments: runs.write_atomically(arguments[2], b"png"))
 
 
 def is_whole(path) -> bool:
     return RunFolder(path).read()["published"] is not None and RunFolder(path).report.exists()
 
 
-def test_publishing_killed_before_each_of_its_changes_on_disk_shows_the_old_run_or_the_new_one_and_is_finished(tmp_path):
+def test_publishing_killed_before_any_change_on_disk_shows_the_old_run_or_the_new_one_and_is_finished(tmp_path):
     number, kills = 1, 0
     while True:
         root = tmp_path / str(number)
@@ -150,7 +148,7 @@ def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
     assert seen > 10 and not halves and os.listdir(tmp_path) == ["model"]
 
 
-# --- RETRAIN.sh --------------------------------------------------------------------------------------------------------
+# --- RETRAIN.sh ----------------------------------------------------------------------------------------------------
 
 
 def spoil(home, script: str) -> None:
@@ -175,7 +173,6 @@ def test_a_retrain_that_fails_at_any_stage_leaves_what_was_published_and_keeps_t
         "Train": lambda: ["--learning_rate", "30", "--warmup_steps", "0"],
         "Merge": lambda: spoil(home, "merge_conversation_model.py") or [],
         "Structural tests": lambda: ["--learning_rate", "1e-9"],
-        "Publish": lambda: shutil.copy("/bin/false", home / ".venv" / "bin" / "python2") and [],
     }
     for stage in ("Train", "Merge", "Structural tests"):
         retrain = Retrain(home, *data, "--max_steps", "6", "--logging_steps", "1", *faults[stage]())

@@ -1,16 +1,28 @@
-"""Promise: the second process in a run folder is told who holds it, since when, and leaves; a dead holder is no holder."""
+"""Promise: the second process in a run folder is told who holds it and since when; a dead holder holds nothing."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
-import time
 
 import psutil
-from faults import Retrain, easy_data, finished, flags, make_home, resumed_retrain, start, trained, until, untouched
+from faults import (
+    Retrain,
+    adapters,
+    easy_data,
+    finished,
+    flags,
+    make_home,
+    resumed_retrain,
+    start,
+    trained,
+    until,
+    untouched,
+)
 
 from conversation import runs
-from conversation.runs import RunFolder, file_hashes
+from conversation.runs import file_hashes
 
 __all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
 SINCE = r"since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d"
@@ -38,7 +50,7 @@ def test_two_trainings_that_begin_at_once_in_one_folder_are_one_training(tmp_pat
     assert statuses == [0, 2], [one.output for one in both]
     refused = next(one.output for one in both if "error: " in one.output)
     assert "in use by process" in refused or "holds a run already" in refused
-    assert RunFolder(run).read()["training"]["adapter_files"] == RunFolder(untouched).read()["training"]["adapter_files"]
+    assert adapters(run) == adapters(untouched)
 
 
 def test_a_dead_holders_lock_is_taken_over(tmp_path, flags):
@@ -66,22 +78,15 @@ def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_i
 
     try:
         assert re.search(rf"in use by process {first.process.pid} {SINCE}\n", second())
-        stages = first.process.children()
+        stages = first.process.children(recursive=True)
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
         said = second()
         assert f"process {first.process.pid} since" in said and "itself ended" in said
         assert any(str(stage.pid) in said.split("at work yet")[1] for stage in stages)
     finally:
-        for stage in psutil.process_iter():
-            if stage.is_running() and str(home) in " ".join([*stage.cmdline(), stage_folder(stage)]):
+        for stage in stages:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 stage.kill()
-    time.sleep(0.2)
+        psutil.wait_procs(stages, 10)
     assert resumed_retrain(home).finish() == 2  # the lock is free: nothing was begun that could be resumed
-
-
-def stage_folder(process: psutil.Process) -> str:
-    try:
-        return process.cwd()
-    except (psutil.Error, OSError):
-        return ""

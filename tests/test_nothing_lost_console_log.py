@@ -1,0 +1,83 @@
+"""Promise: every run keeps its console output with times; a failure's last lines are enough to know what to do."""
+
+import re
+import sys
+
+import pytest
+from faults import easy_data, finished, flags, start, trained, untouched
+
+from conversation import runs
+from conversation.errors import UserError
+from conversation.runs import RunFolder
+
+__all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
+TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d "
+
+
+def test_each_stage_logs_its_command_and_what_it_printed_with_times(untouched):
+    lines = RunFolder(untouched).console_log.read_text().splitlines()
+    assert all(re.match(TIME, line) for line in lines)
+    said = [re.sub(f"^{TIME}", "", line) for line in lines]
+    for words in ("$ train_conversation.py --run_dir", "held-out loss after step 12", "Trained 12 steps"):
+        assert any(line.startswith(words) for line in said), words
+    assert any(line.startswith("$ merge_conversation_model.py") for line in said)
+    assert any(line.startswith("Merged: ") for line in said)
+
+
+def test_a_failed_tests_last_lines_say_which_and_what_to_do(trained, tmp_path):
+    status, output = finished("test_conversation_model.py", "--run_dir", trained, output=tmp_path / "out")
+    last = RunFolder(trained).console_log.read_text().splitlines()[-2:]
+    assert status == 1
+    assert "error: 3 of 3 structural tests failed: fresh topic, follow-up, another domain" in last[0]
+    assert "hint: " in last[1] and "train longer" in last[1]
+    assert last[0].split(" ", 2)[2] in output and last[1].split(" ", 2)[2] in output
+
+
+def test_a_defect_of_ours_leaves_its_traceback_in_the_log(trained, tmp_path):
+    run = RunFolder(trained)
+    record = run.read()
+    del record["tokenizer"]
+    runs.write_json(run.run_json, record)
+    running = start("test_conversation_model.py", "--run_dir", trained, output=tmp_path / "out")
+    assert running.finish() == 1 and "Traceback" in running.output
+    log = run.console_log.read_text()
+    assert "Traceback (most recent call last)" in log and log.splitlines()[-1].endswith("KeyError: 'tokenizer'")
+
+
+class Broken:
+    """A terminal that was closed, or a disk that is full."""
+
+    def write(self, data):
+        raise OSError(5, "Input/output error")
+
+    flush = write
+
+
+def test_a_closed_terminal_does_not_stop_the_work(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with runs.console_kept(run):
+        print("a line", flush=True)
+    assert run.console_log.read_text().endswith("a line\n")
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_work_or_hide_its_error(capsys):
+    log = runs._Log(Broken())
+    log.line("lost")
+    runs._Tee(sys.stdout, log).write("shown\n")
+    assert capsys.readouterr().out == "shown\n"
+
+
+def test_what_is_no_utf8_is_logged_escaped(tmp_path):
+    run = RunFolder(tmp_path)
+    with pytest.raises(UserError), runs.console_kept(run):
+        raise UserError("bad name \udcff", "x")
+    assert "error: bad name \\udcff" in run.console_log.read_text()
+
+
+def test_an_interruption_is_logged(tmp_path):
+    run = RunFolder(tmp_path)
+    with pytest.raises(KeyboardInterrupt), runs.console_kept(run):
+        raise KeyboardInterrupt
+    last = run.console_log.read_text().splitlines()[-2:]
+    assert "error: stopped by SIGINT" in last[0] and "--resume" in last[1]

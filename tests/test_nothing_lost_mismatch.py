@@ -1,0 +1,65 @@
+"""Promise: resuming with anything else than the run was begun with names each difference; a longer run is harmless."""
+
+import json
+import shutil
+
+import pytest
+from conftest import easy_lines
+from faults import easy_data, finished, flags, flip_bit, trained, untouched
+
+from conversation.examples import to_jsonl
+from conversation.runs import RunFolder, file_hashes
+
+__all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
+TRAIN, MERGE = "train_conversation.py", "merge_conversation_model.py"
+
+
+def test_each_difference_is_named_and_nothing_is_touched(trained, tiny_folder, tmp_path):
+    before = file_hashes(trained)
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    flip_bit(base / "model.safetensors", 0.9)
+    (base / "config.json").write_text((base / "config.json").read_text() + "\n")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = tmp_path / "other.jsonl"
+    data.write_bytes(to_jsonl(easy_lines()[1:]))
+    other = ["--base_model", base, "--training_data", data, "--learning_rate", "1e-3", "--lora_r", "8", "--seed", "1"]
+    status, output = finished(TRAIN, "--run_dir", trained, "--resume", *other, output=tmp_path / "out")
+    assert status == 2 and "error: the run cannot be resumed with other settings:" in output
+    for difference in (
+        "--learning_rate: the run has 0.003, now 0.001",
+        "--lora_r: the run has 16, now 8",
+        "--seed: the run has 42, now 1",
+        f"now {base}",
+        f"now {data}",
+        "the training data: the run has",
+        "the base model's weights: the run has",
+        "the base model's config.json: the run has",
+        "the tokenizer: the run has",
+    ):
+        assert difference in output, difference
+    after = file_hashes(trained)
+    assert {**after, "console.log": "", ".lock": ""} == {**before, "console.log": "", ".lock": ""}
+
+
+def test_a_shorter_run_is_refused_and_a_longer_one_goes_on_and_is_merged_anew(trained, tmp_path):
+    run = RunFolder(trained)
+    status, output = finished(TRAIN, "--run_dir", trained, "--resume", "--max_steps", "6", output=tmp_path / "shorter")
+    assert status == 2 and "the run is 12 steps long, now 6" in output
+    more = ["--max_steps", "15", "--save_steps", "5"]
+    status, output = finished(TRAIN, "--run_dir", trained, "--resume", *more, output=tmp_path / "longer")
+    assert status == 0 and "Resuming from checkpoint-12" in output
+    assert "The run is now 15 steps long, was 12: harmless" in output
+    assert "--save_steps is now 5, was 3: harmless" in output
+    assert run.read()["training"]["steps"] == 15 and run.read()["config"]["max_steps"] == 15
+    status, output = finished(MERGE, "--run_dir", trained, "--resume", output=tmp_path / "merge")
+    assert status == 0 and "merged again: it was made with other adapters" in output
+
+
+@pytest.mark.parametrize("again", [[], ["--max_steps", "12"]])
+def test_resuming_a_finished_run_changes_nothing(trained, tmp_path, again):
+    before = file_hashes(RunFolder(trained).checkpoints)
+    status, output = finished(TRAIN, "--run_dir", trained, "--resume", *again, output=tmp_path / "out")
+    assert status == 0 and "The training is done already." in output
+    assert file_hashes(RunFolder(trained).checkpoints) == before
