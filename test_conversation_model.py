@@ -137,7 +137,10 @@ def load_verified(folder: Path, expected_fingerprint: str | None) -> tuple[PreTr
             f"{folder} is not a merged model: it has no {MANIFEST}", "merge_conversation_model.py makes one"
         )
     manifest = read_json(folder / MANIFEST)
-    if problem := differing_file(folder, manifest.get("files", {})):
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{folder / MANIFEST} is broken: it does not list the model's files", "merge it again")
+    if problem := differing_file(folder, files):
         raise UserError(f"the merged model is broken: {problem}", "merge it again")
     expected = expected_fingerprint or manifest.get("tokenizer_fingerprint")
     loaded, _, found = tokenizer.audit(folder, [], expected)

@@ -115,7 +115,9 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **options
@@ -161,8 +163,10 @@ def prepare_stand_in(cache: Path = CACHE) -> Path:
 def _manifest_problem(folder: Path) -> str | None:
     try:
         return differing_file(folder, read_json(folder / MANIFEST)["files"])
-    except (UserError, KeyError) as error:
+    except UserError as error:
         return str(error)
+    except (KeyError, AttributeError):
+        return f"{folder / MANIFEST} is broken: it does not list the model's files"
 
 
 def _convert_stand_in(part: Path) -> None:
@@ -174,7 +178,9 @@ def _convert_stand_in(part: Path) -> None:
         ) from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     gguf = part / package.MODEL_NAME
     try:
         package.assemble(gguf)

@@ -169,9 +169,9 @@ def cannot_write(path: Path, error: OSError, needed_bytes: int) -> UserError:
 
 def size(count: int) -> str:
     """A number of bytes as a person reads it."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
         if count >= factor:
-            return f"{count / factor:.1f} {unit}"
+            return f"{count / factor:.{digits}f} {unit}"
     return f"{count} bytes"
 
 
@@ -246,8 +246,8 @@ def check_room(folder: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"the disk of {folder} has {free / 1e9:.2f} GB free, {what} needs {needed_bytes / 1e9:.2f} GB",
-            f"free {(needed_bytes - free) / 1e9:.2f} GB there",
+            f"the disk of {folder} has {size(free)} free, {what} needs {size(needed_bytes)}",
+            f"free {size(needed_bytes - free)} there",
         )
 
 

@@ -491,7 +491,8 @@ def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         try:
-            problem = differing_file(path, read_json(path / CHECKPOINT_HASHES))
+            hashes = read_json(path / CHECKPOINT_HASHES)
+            problem = differing_file(path, hashes) if hashes else f"{path / CHECKPOINT_HASHES} is empty"
         except UserError as error:
             problem = str(error)
         if problem is None:

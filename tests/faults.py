@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -149,12 +150,27 @@ def bad_numbers_at(call: int, what: str) -> None:
         count += 1
         result = plain(model, *arguments)
         if count == call and what == "loss":
-            return type(result)(**{**vars(result), "loss_sum": result.loss_sum * float("nan")})
+            return dataclasses.replace(result, loss_sum=result.loss_sum * float("nan"))
         if count == call:
             next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
         return result
 
     training.backward_in_micro_batches = spoiled
+
+
+def losses_twice_as_large_from(call: int) -> None:
+    """From the given step on, the loss is twice what it is."""
+    from conversation import training
+
+    plain, count = training.backward_in_micro_batches, 0
+
+    def larger(model, *arguments):
+        nonlocal count
+        count += 1
+        result = plain(model, *arguments)
+        return dataclasses.replace(result, loss_sum=result.loss_sum * (2 if count >= call else 1))
+
+    training.backward_in_micro_batches = larger
 
 
 def without_the_right_to_write_anywhere() -> None:

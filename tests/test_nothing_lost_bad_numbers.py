@@ -1,13 +1,16 @@
 """Promise: a loss or gradient that is not finite, or a loss that explodes, stops the run; the last good step stays."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import easy_lines
 from faults import adapters, easy_data, finished, flags, untouched
 
+from conversation.errors import UserError
 from conversation.runs import RunFolder
-from conversation.training import EXPLOSION, newest_intact_checkpoint
+from conversation.training import EXPLOSION, _Checkpoints, newest_intact_checkpoint
 
 __all__ = ["easy_data", "flags", "untouched"]  # fixtures
 TRAIN = "train_conversation.py"
@@ -22,7 +25,7 @@ def test_numbers_that_are_not_finite_stop_the_run_at_that_step_by_name(tmp_path,
     said = re.search(rf"error: the {what} of step {call} is not finite; the examples of this step ask: (.*)", output)
     assert status == 1 and said, output
     asked = re.findall(r"""(?:'([^']*)'|"([^"]*)")""", said[1])
-    assert len(asked) == 8 and {a or b for a, b in asked} <= QUESTIONS
+    assert 1 <= len(asked) <= 8 and {a or b for a, b in asked} <= QUESTIONS
     assert not run.final_lora.exists() and said[0] in run.console_log.read_text()
     good, problems = newest_intact_checkpoint(run.checkpoints)
     if call == 1:
@@ -37,22 +40,28 @@ def test_numbers_that_are_not_finite_stop_the_run_at_that_step_by_name(tmp_path,
 @pytest.mark.parametrize("held_out", ["0", "0.2"])
 def test_a_loss_that_explodes_stops_the_run_by_the_rule(tmp_path, flags, held_out):
     run = RunFolder(tmp_path / "run")
-    more = ["--learning_rate", "3", "--warmup_steps", "4", "--held_out_share", held_out, "--save_steps", "1"]
-    status, output = finished(TRAIN, "--run_dir", run.path, *flags, *more, output=tmp_path / "out")
+    more = ["--learning_rate", "1e-5", "--held_out_share", held_out]
+    faults = (("losses_twice_as_large_from", 7),)
+    status, output = finished(TRAIN, "--run_dir", run.path, *flags, *more, output=tmp_path / "out", faults=faults)
     said = re.search(
-        r"the loss explodes: ([\d.]+) in the window up to step (\d+), more than 1.5 times the ([\d.]+)", output
+        r"the loss explodes: ([\d.]+) in the window up to step 8, more than 1.5 times the ([\d.]+)", output
     )
     assert status == 1 and said and EXPLOSION == 1.5, output
-    assert float(said[1]) > 1.5 * float(said[3]) and "the examples of this step ask: " in output
+    assert float(said[1]) > 1.5 * float(said[2]) and "the examples of this step ask: " in output
     logged = run.read_metrics()
     start = next(e["eval_loss"] for e in logged if "eval_loss" in e) if held_out != "0" else logged[0]["loss"]
-    assert start == pytest.approx(float(said[3]), abs=0.01)
-    assert "the last good checkpoint is checkpoint-" in output and not run.final_lora.exists()
+    assert start == pytest.approx(float(said[2]), abs=0.01)
+    assert "the last good checkpoint is checkpoint-6" in output and not run.final_lora.exists()
 
 
-def test_adapters_that_are_not_finite_are_never_a_checkpoint(tmp_path, flags):
-    run = RunFolder(tmp_path / "run")
-    more = ["--learning_rate", "1e39", "--warmup_steps", "0", "--save_steps", "1"]
-    status, output = finished(TRAIN, "--run_dir", run.path, *flags, *more, output=tmp_path / "out")
-    assert status == 1 and "not finite" in output and "learning_rate" in output
-    assert newest_intact_checkpoint(run.checkpoints)[0] is None
+def test_a_checkpoint_with_adapters_that_are_not_finite_does_not_stay(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    (tmp_path / "checkpoint-5").mkdir()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=5)
+    arguments = SimpleNamespace(output_dir=str(tmp_path))
+    _Checkpoints().on_save(arguments, state, None, model)
+    assert (tmp_path / "checkpoint-5" / "hashes.json").exists()
+    model.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match="the adapters after step 5 are not finite"):
+        _Checkpoints().on_save(arguments, state, None, model)
+    assert not (tmp_path / "checkpoint-5").exists()
