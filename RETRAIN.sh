@@ -36,7 +36,7 @@ python=$(prepare_environment requirements.txt)
 # One retrain at a time: the lock lives as long as this shell or a child of it does.
 root=training-runs/conversation
 mkdir -p "$root/attempts"
-exec 9>>"$root/attempts/.lock"
+exec 9<>"$root/attempts/.lock" # read, too: who holds it
 "$python" -m conversation.runs lock 9
 
 # Each stage runs as a child that Ctrl-C, SIGTERM and a closed terminal reach, so that it can save its work; RETRAIN.sh

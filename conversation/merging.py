@@ -33,7 +33,7 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 COMPARED_LOGITS = 16  # positions at the end of each prompt; all of them would be 0.3 GB a prompt
 COMPARED_TOKENS = 24  # of the greedy continuations
 LOGIT_TOLERANCE = 2e-4
-"""Largest difference of logits that rounding may make, as a share of the largest logit. Measured on the stand-in: 3e-6."""
+"""Largest difference of logits, as a share of the largest, that rounding may make; measured on the stand-in: 3e-6."""
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def lock_file(file: TextIO, folder: Path, holder: int | None = None) -> None:
         raise UserError(f"{shown(folder)} is in use by {said}", "wait until it has finished, or stop it") from None
     with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
         os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"process {holder or os.getpid()} since {now()}".encode())
+        os.pwrite(file.fileno(), f"process {holder or os.getpid()} since {now()}".encode(), 0)
 
 
 def _processes_with(file: TextIO) -> list[int]:

@@ -45,7 +45,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from conversation.function_calls import CONTROL_TOKENS
+    from conversation.function_calls import CONTROL_PATTERN, CONTROL_TOKENS
 
     special = [
         "<pad>",
@@ -58,8 +58,9 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    literal = [part for text in texts for part in CONTROL_PATTERN.split(text)]
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
+        literal, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
     )
     content = json.loads(tokenizer.to_str())
     vocabulary = content["model"]["vocab"]

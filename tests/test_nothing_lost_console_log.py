@@ -47,7 +47,7 @@ def test_a_defect_of_ours_leaves_its_traceback_in_the_log(trained, tmp_path):
 class Broken:
     """A terminal that was closed, or a disk that is full."""
 
-    def write(self, data):
+    def write(self, data=None):
         raise OSError(5, "Input/output error")
 
     flush = write

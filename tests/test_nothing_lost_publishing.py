@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from faults import Retrain, die_at, make_home, published
@@ -117,12 +118,13 @@ def test_a_run_with_a_broken_result_is_not_published(tmp_path, broken):
 
 
 def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
-    final, part, files = tmp_path / "model", tmp_path / ".model.part", 40
+    final, part, files = tmp_path / "model", tmp_path / ".model.part", 10
     stop, halves, seen = threading.Event(), [], 0
 
     def read():
         nonlocal seen
         while not stop.is_set():
+            time.sleep(0.0002)
             try:
                 descriptor = os.open(final, os.O_RDONLY | os.O_DIRECTORY)  # a reader that has entered the folder
             except FileNotFoundError:
@@ -137,7 +139,7 @@ def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        for _ in range(60):
+        for _ in range(40):
             part.mkdir()
             for i in range(files):
                 (part / str(i)).write_bytes(b"x")

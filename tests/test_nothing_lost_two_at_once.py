@@ -76,9 +76,9 @@ def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_i
         assert done.returncode == 2, done.stdout + done.stderr
         return done.stderr
 
+    stages = first.process.children(recursive=True)
     try:
         assert re.search(rf"in use by process {first.process.pid} {SINCE}\n", second())
-        stages = first.process.children(recursive=True)
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
         said = second()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 
@@ -94,14 +95,19 @@ def test_a_second_run_does_not_eat_the_first(trained, tiny_folder, easy_data):
 
 def test_two_processes_train_what_one_trains(trained, tmp_path, tiny_folder, easy_data):
     flags = f"--base_model {tiny_folder} --training_data {easy_data} --run_dir {tmp_path / 'run'}".split()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
+    launch += ["--dynamo_backend", "no", "--main_process_port", port, str(PROJECT / "train_conversation.py")]
     halves = ["--gradient_accumulation_steps", "4", "--lora_dropout", "0"]
     whole = train(tmp_path / "one", tiny_folder, easy_data, "--lora_dropout", "0")
     done = subprocess.run(
-        [*launch, str(PROJECT / "train_conversation.py"), *flags, *FLAGS, *halves],
+        [sys.executable, *launch, *flags, *FLAGS, *halves],
         capture_output=True,
         text=True,
-        env={**os.environ, **ONE_THREAD, "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, **ONE_THREAD},
+        timeout=300,
     )
     assert whole.returncode == 0 and done.returncode == 0, done.stderr
     from safetensors.torch import load_file
