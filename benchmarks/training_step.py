@@ -189,7 +189,7 @@ class Worker:
     def _receive(self) -> Any:
         try:
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
             return {"error": f"ended with status {self.process.exitcode}"}
 

@@ -162,7 +162,10 @@ def prepare_stand_in(cache: Path = CACHE) -> Path:
 
 def _manifest_problem(folder: Path) -> str | None:
     try:
-        return differing_file(folder, read_json(folder / MANIFEST)["files"])
+        manifest = read_json(folder / MANIFEST)
+        if manifest["gguf_sha256"] != GGUF_SHA256:
+            return f"{folder} was made from another archive"
+        return differing_file(folder, manifest["files"])
     except UserError as error:
         return str(error)
     except (KeyError, AttributeError):
