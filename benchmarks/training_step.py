@@ -681,17 +681,18 @@ def draw_growth(growth: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12.5, 4.2), facecolor="white", layout="constrained")
     titles = {"examples": "examples in a step", "turns of history": "turns of history", "vocabulary": "vocabulary size"}
     for axis, (panel, points) in zip(figure.subplots(1, 3), growth["seconds"].items(), strict=True):
+        sizes = [int(size) for size in points]
         for line, (label, color, style) in LINES.items():
-            axis.plot(list(points), [point[line] for point in points.values()], style, color=color, marker="o", ms=4)
+            axis.plot(sizes, [point[line] for point in points.values()], style, color=color, marker="o", ms=4)
             axis.lines[-1].set_label(label)
         axis.set_xlabel(titles[panel])
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
         if panel == "vocabulary":
             axis.set_xscale("log", base=4)
-            axis.set_xticks(list(points), [f"{size:,}" for size in points])
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         else:
-            axis.set_xticks(list(points))
+            axis.set_xticks(sizes)
     figure.axes[0].set_ylabel("seconds per step")
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})

@@ -146,6 +146,7 @@ def kill_in_stage(home, retrain, stage: int, delay: float) -> bool:
     return killed
 
 
+@pytest.mark.slow
 def test_retrain_stopped_by_sigterm_then_killed_while_merging_and_publishing_publishes_one_whole_run(
     tmp_path, tiny_folder
 ):

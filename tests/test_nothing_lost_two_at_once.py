@@ -25,7 +25,7 @@ from conversation import runs
 from conversation.runs import file_hashes
 
 __all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
-SINCE = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"
+SINCE = r"since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"
 
 
 def test_every_script_is_told_who_works_in_the_folder_and_leaves_it_as_it_is(trained, tmp_path):

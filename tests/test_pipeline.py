@@ -13,16 +13,20 @@ from conftest import PROJECT, copy_project, easy_lines
 from test_base_models import lay_into_hub_cache
 
 from conversation.examples import to_jsonl
+from conversation.function_calls import Example
 
-LEARNS = "--max_steps 160 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0"
+LEARNS = "--max_steps 90 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0"
 LEARNS_NOT = "--max_steps 2 --learning_rate 1e-5"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tiny_folder):
+def home(tmp_path_factory, tiny_folder, own_examples):
     """A copy of the project with training data, in the environment of these tests, and a hub cache with the base."""
     folder = copy_project(tmp_path_factory.mktemp("home") / "project")
-    (folder / "easy.jsonl").write_bytes(to_jsonl(easy_lines()))
+    answers = [example.answer for example in easy_lines()]
+    asked = [example.prompt for example in own_examples[::12]]  # real prompts, each with an easy answer
+    lines = [Example(prompt, answers[i % len(answers)]) for i, prompt in enumerate(asked)]
+    (folder / "easy.jsonl").write_bytes(to_jsonl([*easy_lines(), *lines]))
     environment = folder / ".venv"
     (environment / "bin").mkdir(parents=True)
     python = environment / "bin" / "python"

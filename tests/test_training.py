@@ -139,8 +139,8 @@ def test_a_step_holds_the_same_examples_however_many_processes_share_it():
 
 
 def test_an_example_that_is_too_long_is_named_and_nothing_is_written(tmp_path, tiny_folder, easy_data):
-    done = train(tmp_path / "run", tiny_folder, easy_data, "--max_length", "100")
-    assert done.returncode == 2 and "36 examples are longer than 100 tokens" in done.stderr
+    done = train(tmp_path / "run", tiny_folder, easy_data, "--max_length", "50")
+    assert done.returncode == 2 and "36 examples are longer than 50 tokens" in done.stderr
     assert 'which asks "What\'s red?"' in done.stderr and "and 16 more" in done.stderr
     assert not (tmp_path / "run").exists()
 
