@@ -5,6 +5,7 @@ Training data is a folder of conversation trees, or a JSONL file with one object
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversation import strict_json
-from conversation.errors import UserError, list_problems
+from conversation.errors import UserError, list_problems, run_main
 from conversation.function_calls import Example, FormatError, parse_example
 from conversation.trees import read_trees
 
@@ -135,3 +136,23 @@ def length_summary(lengths: Sequence[int]) -> dict[str, float]:
         "p95": ordered[max(0, -(-95 * len(ordered) // 100) - 1)],
         "max": ordered[-1],
     }
+
+
+def main() -> int:
+    """`python -m conversation.examples data/conversation_trees examples.jsonl`: build the JSONL, print counts."""
+    from conversation.runs import write_atomically
+
+    parser = argparse.ArgumentParser(prog="conversation.examples", description=main.__doc__)
+    parser.add_argument("training_data", type=Path, help="folder of conversation trees, or JSONL file")
+    parser.add_argument("output", type=Path, help="the JSONL file to write")
+    parser.add_argument("--domains", default="", help="only these domains of the trees, separated by commas")
+    args = parser.parse_args()
+    examples = read_training_data(args.training_data, tuple(name for name in args.domains.split(",") if name))
+    write_atomically(args.output, to_jsonl(examples))
+    for name, value in statistics_of(examples).items():
+        print(f"{name.replace('_', ' '):20} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

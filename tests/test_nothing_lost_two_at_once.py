@@ -79,6 +79,8 @@ def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_i
     stages = first.process.children(recursive=True)
     try:
         assert re.search(rf"in use by process {first.process.pid} {SINCE}\n", second())
+        assert until(lambda: first.process.children(), first)
+        stages = first.process.children(recursive=True)  # by now another one than at the start
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
         said = second()
