@@ -93,6 +93,7 @@ def test_the_floor_is_below_what_our_step_computes_but_not_far():
     assert needed < counted.get_total_flops() < 1.5 * needed  # the rest: scores again, hidden pairs, last layer
 
 
+@pytest.mark.slow
 def test_growth_draws_its_three_panels(tmp_path):
     grown = training_step.measure_growth(SMALL)
     assert {panel: list(points) for panel, points in grown["seconds"].items()} == {
