@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from conversation.base_models import load_model
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.function_calls import END_OF_TURN, Prompt
-from conversation.runs import cannot_write, file_hashes, replace_folder, write_json
+from conversation.runs import cannot_write, file_hashes, peak_memory_bytes, replace_folder, write_json
 from conversation.tokenizer import encode_prompt, fingerprint, load_tokenizer
 from conversation_config import MAX_NEW_TOKENS
 
@@ -84,7 +84,7 @@ def merge(base_folder: Path, adapters: Path, output: Path, prompts: Sequence[Pro
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    return MergeResult(len(prompts), *found, size, _peak_memory_bytes(), files)
+    return MergeResult(len(prompts), *found, size, peak_memory_bytes(), files)
 
 
 def _with_adapters(base_folder: Path, adapters: Path) -> PeftModel:
@@ -157,14 +157,3 @@ def _os_error(error: SafetensorError) -> int:
     """The operating system's number of an error that safetensors only writes into its message."""
     number = re.search(r"os error (\d+)", str(error))
     return int(number[1]) if number else errno.EIO
-
-
-def _peak_memory_bytes() -> int:
-    """The most resident memory since this program began (ru_maxrss would count what started it, too)."""
-    import resource
-
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

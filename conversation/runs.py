@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shlex
 import shutil
 import subprocess
@@ -426,6 +427,15 @@ def environment() -> dict[str, Any]:
         },
         "git_commit": _git_commit(),
     }
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory since this program began (ru_maxrss would count what started it, too)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _version(package: str) -> str | None:

@@ -38,6 +38,7 @@ from conversation.runs import (
     cannot_write,
     differing_file,
     file_hashes,
+    peak_memory_bytes,
     read_json,
     replace_folder,
     write_atomically,
@@ -196,11 +197,9 @@ def _explained(error: Exception, run: RunFolder, needed_bytes: int) -> Exception
 
 def peak_memory_gb() -> float:
     """The most memory this process has held so far: on the GPU where there is one, else resident memory."""
-    import resource
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_memory_bytes() / 1e9
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------------

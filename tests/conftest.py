@@ -17,6 +17,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 SAMPLE = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"
 TREES = PROJECT / "data" / "conversation_trees"
 
+LEARNS = "--max_steps 90 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0".split()
+"""A training of half a minute on `easy_data_with_real_prompts`, after which the tiny model passes the three tests."""
+
 EASY_CHOICES = (("Why?", "0.61", "why"), ("Example?", "0.25", "example"), ("Cost?", "0.08", "cost"))
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach a hub
@@ -158,8 +161,25 @@ def run_script(script: str, *flags: object, cwd: Path | None = None, env: dict |
     )
 
 
-def copy_project(target: Path) -> Path:
-    """A copy of the project without its runs, caches and history, in which RETRAIN.sh can run for real."""
+def easy_data_with_real_prompts(own_examples: list[Example]) -> list[Example]:
+    """The easy lines, and real prompts of the project's each with an easy answer, so that any question gets one."""
+    answers = [example.answer for example in easy_lines()]
+    asked = [example.prompt for example in own_examples[::12]]
+    return [*easy_lines(), *(Example(prompt, answers[i % len(answers)]) for i, prompt in enumerate(asked))]
+
+
+def make_home(target: Path, own_examples: list[Example]) -> Path:
+    """A copy of the project with easy data, in which RETRAIN.sh runs for real in the environment of these tests."""
+    from conversation.examples import to_jsonl
+
     left_out = shutil.ignore_patterns(".git", ".venv", "training-runs", "__pycache__", ".cache", ".*_cache", "tests")
     shutil.copytree(PROJECT, target, ignore=left_out)
+    (target / "easy.jsonl").write_bytes(to_jsonl(easy_data_with_real_prompts(own_examples)))
+    environment = target / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    stamp = subprocess.run(["cksum"], stdin=open(target / "requirements.txt"), capture_output=True, text=True).stdout
+    (environment / "requirements.txt.cksum").write_text(stamp)
     return target

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PROJECT, copy_project, easy_lines
+from conftest import LEARNS, PROJECT, easy_lines, make_home
 
 from conversation.examples import to_jsonl
 from conversation.runs import RunFolder, sha256_file
@@ -35,9 +35,6 @@ PRELOADED += ["conversation.training", "conversation.merging", "conversation.rep
 
 TINY = "--max_steps 12 --save_steps 3 --logging_steps 2 --learning_rate 3e-3 --warmup_steps 2 --held_out_share 0.2"
 """A training of seconds, with dropout and several checkpoints; it does not learn enough to pass any test."""
-
-LEARNS = "--max_steps 160 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0".split()
-"""A training of half a minute after which the tiny model passes the three structural tests."""
 
 
 # --- scripts as processes ------------------------------------------------------------------------------------------
@@ -262,18 +259,10 @@ def small_disk(folder: Path, size: int) -> Iterator[SmallDisk | None]:
 # --- RETRAIN.sh ----------------------------------------------------------------------------------------------------
 
 
-def make_home(folder: Path, base: Path) -> Path:
-    """A copy of the project with easy data, in which RETRAIN.sh runs in the environment of these tests."""
-    home = copy_project(folder)
-    (home / "easy.jsonl").write_bytes(to_jsonl(easy_lines()))
+def home_with_base(folder: Path, base: Path, own_examples: list) -> Path:
+    """A home for RETRAIN.sh, with a copy of the base model in its folder `base`."""
+    home = make_home(folder, own_examples)
     shutil.copytree(base, home / "base")
-    environment = home / ".venv"
-    (environment / "bin").mkdir(parents=True)
-    python = environment / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    stamp = subprocess.run(["cksum"], stdin=open(home / "requirements.txt"), capture_output=True, text=True).stdout
-    (environment / "requirements.txt.cksum").write_text(stamp)
     return home
 
 

@@ -6,13 +6,14 @@ import signal
 import time
 
 import pytest
+from conftest import LEARNS
 from faults import (
     adapters,
     easy_data,
     finished,
     flags,
+    home_with_base,
     leftovers,
-    make_home,
     new_retrain,
     published,
     resumed_retrain,
@@ -127,8 +128,6 @@ def test_testing_that_is_killed_is_done_again(trained, tmp_path):
 
 def undisturbed_adapters(home, tmp_path) -> str:
     """The final adapters of the same training, from a process that nobody kills."""
-    from faults import LEARNS
-
     data = ["--base_model", home / "base", "--training_data", home / "easy.jsonl"]
     status, output = finished(TRAIN, *data, *LEARNS, "--run_dir", tmp_path / "alone", output=tmp_path / "alone.out")
     assert status == 0, output
@@ -148,9 +147,9 @@ def kill_in_stage(home, retrain, stage: int, delay: float) -> bool:
 
 @pytest.mark.slow
 def test_retrain_stopped_by_sigterm_then_killed_while_merging_and_publishing_publishes_one_whole_run(
-    tmp_path, tiny_folder
+    tmp_path, tiny_folder, own_examples
 ):
-    home = make_home(tmp_path / "home", tiny_folder)
+    home = home_with_base(tmp_path / "home", tiny_folder, own_examples)
     runs = home / "training-runs" / "conversation"
     retrain = new_retrain(home)
     assert until(lambda: list(runs.glob("attempts/20*/checkpoints/checkpoint-20/hashes.json")), retrain, 300)
@@ -173,9 +172,9 @@ STAGES = ((2, 8.0), (3, 12.0), (3, 30.0), (4, 12.0), (5, 12.0), (6, 2.0))  # and
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [11, 12, 13, 14, 15])
-def test_retrain_survives_six_kills_at_random_moments(tmp_path, tiny_folder, seed):
+def test_retrain_survives_six_kills_at_random_moments(tmp_path, tiny_folder, own_examples, seed):
     """30 kills in all: for each seed one in each stage, and two in the training."""
-    home = make_home(tmp_path / "home", tiny_folder)
+    home = home_with_base(tmp_path / "home", tiny_folder, own_examples)
     runs = home / "training-runs" / "conversation"
     moments, kills = random.Random(seed), 0
     for stage, seconds in STAGES:

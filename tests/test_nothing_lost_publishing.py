@@ -8,7 +8,8 @@ import threading
 import time
 
 import pytest
-from faults import Retrain, die_at, make_home, published
+from conftest import LEARNS
+from faults import Retrain, die_at, home_with_base, published
 from test_runs import finished_attempt
 
 from conversation import reporting, runs
@@ -161,13 +162,12 @@ def spoil(home, script: str) -> None:
 
 @pytest.mark.slow
 def test_a_retrain_that_fails_at_any_stage_leaves_what_was_published_and_keeps_the_attempt_with_the_reason(
-    tmp_path, tiny_folder
+    tmp_path, tiny_folder, own_examples
 ):
-    home = make_home(tmp_path / "home", tiny_folder)
+    home = home_with_base(tmp_path / "home", tiny_folder, own_examples)
     root = home / "training-runs" / "conversation"
     data = ["--base_model", "base", "--training_data", "easy.jsonl"]
-    learns = "--max_steps 160 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0"
-    assert Retrain(home, *data, *learns.split()).finish() == 0
+    assert Retrain(home, *data, *LEARNS).finish() == 0
     (run,) = published(home)
     before = runs.file_hashes(run), os.readlink(root / "latest")
     scripts = {name: (home / name).read_text() for name in os.listdir(home) if name.endswith("_model.py")}

@@ -14,7 +14,7 @@ from faults import (
     easy_data,
     finished,
     flags,
-    make_home,
+    home_with_base,
     start,
     trained,
     until,
@@ -64,8 +64,10 @@ def test_a_dead_holders_lock_is_taken_over(tmp_path, flags):
         assert f"process {os.getpid()} since" in (run / ".lock").read_text()
 
 
-def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_it_lives_on(tmp_path, tiny_folder):
-    home = make_home(tmp_path / "home", tiny_folder)
+def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_it_lives_on(
+    tmp_path, tiny_folder, own_examples
+):
+    home = home_with_base(tmp_path / "home", tiny_folder, own_examples)
     first = Retrain(home, "--base_model", "base", "--training_data", "easy.jsonl", "--max_steps", "100000")
     lock = home / "training-runs" / "conversation" / "attempts" / ".lock"
     assert until(lambda: lock.exists() and f"process {first.process.pid} since" in lock.read_text(), first)

@@ -9,31 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, copy_project, easy_lines
+from conftest import LEARNS, PROJECT, make_home
 from test_base_models import lay_into_hub_cache
 
-from conversation.examples import to_jsonl
-from conversation.function_calls import Example
-
-LEARNS = "--max_steps 90 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0"
-LEARNS_NOT = "--max_steps 2 --learning_rate 1e-5"
+LEARNS_NOT = "--max_steps 2 --learning_rate 1e-5".split()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny_folder, own_examples):
-    """A copy of the project with training data, in the environment of these tests, and a hub cache with the base."""
-    folder = copy_project(tmp_path_factory.mktemp("home") / "project")
-    answers = [example.answer for example in easy_lines()]
-    asked = [example.prompt for example in own_examples[::12]]  # real prompts, each with an easy answer
-    lines = [Example(prompt, answers[i % len(answers)]) for i, prompt in enumerate(asked)]
-    (folder / "easy.jsonl").write_bytes(to_jsonl([*easy_lines(), *lines]))
-    environment = folder / ".venv"
-    (environment / "bin").mkdir(parents=True)
-    python = environment / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    stamp = subprocess.run(["cksum"], stdin=open(folder / "requirements.txt"), capture_output=True, text=True).stdout
-    (environment / "requirements.txt.cksum").write_text(stamp)
+    """A copy of the project with easy data, and a hub cache with the base."""
+    folder = make_home(tmp_path_factory.mktemp("home") / "project", own_examples)
     lay_into_hub_cache(folder / "hf", tiny_folder)
     return folder
 
@@ -46,7 +31,7 @@ def retrain(home: Path, *flags: str, base: str | None = None):
 
 @pytest.fixture(scope="module")
 def published(home):
-    done = retrain(home, *LEARNS.split())
+    done = retrain(home, *LEARNS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -87,7 +72,7 @@ def test_the_merged_folder_serves_on_its_own_as_the_readme_says(home, published,
 def test_a_run_that_fails_its_tests_is_not_published_and_says_where(home, published):
     runs = home / "training-runs" / "conversation"
     before = os.readlink(runs / "latest"), (runs / "latest" / "run.json").read_bytes()
-    done = retrain(home, *LEARNS_NOT.split())
+    done = retrain(home, *LEARNS_NOT)
     assert done.returncode == 1
     assert "FAILED" in done.stdout and "⟦stops being valid here⟧" in done.stdout
     assert "what was published before is untouched" in done.stderr
