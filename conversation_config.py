@@ -107,7 +107,7 @@ class TrainingConfig:
 DEMO_RECIPE: dict[str, Any] = {
     "base_model": STAND_IN,
     "gradient_accumulation_steps": 4,  # more, smaller steps: twice the updates for the same arithmetic
-    "max_steps": 240,
+    "max_steps": 210,
     "learning_rate": 1e-3,
     "warmup_steps": 10,
     "lora_dropout": 0.0,  # in less than one epoch there is nothing to overfit

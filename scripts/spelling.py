@@ -16,7 +16,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from conversation.errors import run_main  # noqa: E402
+from conversation.errors import UserError, run_main  # noqa: E402
 from conversation.trees import Tree, read_trees  # noqa: E402
 
 WORD = re.compile(r"(?<![\w.=/(\[{<$@#*_-])[a-z]+(?:['’][a-z]+)?(?![\w=/(\[{>*_]|\.\w)")  # a lower-case word, not code
@@ -27,7 +27,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
     args = parser.parse_args()
-    from spellchecker import SpellChecker
+    try:
+        from spellchecker import SpellChecker
+    except ImportError:
+        raise UserError("pyspellchecker is missing", "pip install -r requirements-data.txt") from None
 
     known = SpellChecker()
     found: dict[str, dict[str, str]] = defaultdict(dict)
