@@ -417,8 +417,9 @@ def console_kept(run: RunFolder) -> Iterator[None]:
 def environment() -> dict[str, Any]:
     """Versions, machine and git commit, for run.json."""
     packages = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
+    versions = {name: version for name in packages if (version := _version(name))}
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **versions},
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
             "processor": _processor(),
