@@ -135,7 +135,8 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
         taken = run_in_turns(jobs) if report["device"] == "cpu" else run_one_after_another(jobs)
         report["variants"] = summary(taken, report["batches"], Path(folder))
     if "ours" in taken and taken["ours"]["steps"]:
-        report["floor"] = floor(base_folder, trees, taken["ours"]["steps"])
+        rate = max(step["gflops"] for result in taken.values() for step in result["steps"])
+        report["floor"] = floor(base_folder, trees, rate, taken["ours"]["steps"])
     return report
 
 
@@ -545,16 +546,22 @@ def _linear_flop(tokens: int, inputs: int, outputs: int, rank: int, input_gradie
     return tokens * (frozen + low_rank)
 
 
-def floor(base_folder: Path, trees: Sequence[PrefixTree], steps: list[dict[str, float]]) -> dict[str, float]:
-    """The medians of the floor over our timed steps: each step's arithmetic over the matrix rate just before it."""
+def floor(
+    base_folder: Path, trees: Sequence[PrefixTree], rate: float, steps: list[dict[str, float]]
+) -> dict[str, float]:
+    """The medians of the floor over our timed steps: each step's arithmetic over `rate`, in GFLOP/s.
+
+    `rate` is the best that the machine showed before any step of the run: on shared cores the rate of a moment may be
+    half of it, and dividing by that one would flatter us.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base_folder).get_text_config()
-    flop = [needed_flop(ModelShape.of(config, TrainingConfig().lora_r), tree) for tree in trees]
-    seconds = [f / (step["gflops"] * 1e9) for f, step in zip(flop, steps, strict=True)]
+    flop = [needed_flop(ModelShape.of(config, TrainingConfig().lora_r), tree) for tree in trees[: len(steps)]]
+    seconds = [f / (rate * 1e9) for f in flop]
     return {
         "tflop": statistics.median(flop) / 1e12,
-        "gflops": statistics.median(step["gflops"] for step in steps),
+        "gflops": rate,
         "seconds": statistics.median(seconds),
         "reached": statistics.median(s / step["seconds"] for s, step in zip(seconds, steps, strict=True)),
     }

@@ -32,6 +32,7 @@ def test_the_demo_recipe_names_real_settings():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--learning_rate", "inf"], "learning_rate must be finite"),
         (["--learning_rate", "-1"], "learning_rate must be greater than 0"),
         (["--learning_rate", "nan", "--lora_r", "0"], "--lora_r must be greater than 0"),
         (["--learning_rate", "abc"], "invalid float value"),

@@ -135,11 +135,11 @@ def undisturbed_adapters(home, tmp_path) -> str:
 
 
 def kill_in_stage(home, retrain, stage: int, delay: float) -> bool:
-    """SIGKILL `delay` seconds after a stage began; False when RETRAIN.sh ended before."""
+    """SIGKILL `delay` seconds after a stage began, or when the next one begins; False when RETRAIN.sh ended before."""
     if not until(lambda: retrain.reached(stage), retrain, 400):
         return False
     deadline = time.monotonic() + delay
-    until(lambda: time.monotonic() >= deadline, retrain, delay + 60)
+    until(lambda: time.monotonic() >= deadline or retrain.reached(stage + 1), retrain, delay + 60)
     killed = retrain.alive
     retrain.kill()
     return killed
@@ -171,9 +171,9 @@ STAGES = ((2, 8.0), (3, 12.0), (3, 30.0), (4, 12.0), (5, 12.0), (6, 2.0))  # and
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [11, 12, 13, 14, 15])
+@pytest.mark.parametrize("seed", [11, 12, 13, 14, 15, 16])
 def test_retrain_survives_six_kills_at_random_moments(tmp_path, tiny_folder, own_examples, seed):
-    """30 kills in all: for each seed one in each stage, and two in the training."""
+    """For each seed one kill in each stage, and two in the training; publishing may be over before its kill comes."""
     home = home_with_base(tmp_path / "home", tiny_folder, own_examples)
     runs = home / "training-runs" / "conversation"
     moments, kills = random.Random(seed), 0
@@ -188,4 +188,4 @@ def test_retrain_survives_six_kills_at_random_moments(tmp_path, tiny_folder, own
     (run,) = published(home)
     assert os.readlink(runs / "latest") == run.name and not list((runs / "attempts").glob("20*"))
     assert adapters(run) == undisturbed_adapters(home, tmp_path)
-    print(f"seed {seed}: {kills} kills")
+    assert kills >= 5  # 30 in all
