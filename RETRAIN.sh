@@ -8,6 +8,7 @@
 # Every other flag goes to train_conversation.py (see its --help), say --learning_rate 2e-5.
 # Exit status: 0 published; 1 tried and failed; 2 not started; 129, 130 or 143 stopped, to be resumed.
 set -euo pipefail
+from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 stages=6 stage= stopped=0
@@ -24,7 +25,12 @@ for flag in "$@"; do
         -h | --help) sed -n '2,/^set -e/{/^set -e/!s/^# \{0,1\}//p}' RETRAIN.sh; exit 0 ;;
         --resume) resume=(--resume) ;;
         --run_dir* | --check_data | --json) fail "$flag is not for RETRAIN.sh" "it goes to train_conversation.py" ;;
-        *) flags+=("$flag") ;;
+        *)
+            # A path is meant from where RETRAIN.sh was called.
+            [[ ! "${flags[-1]-}" =~ ^--(training_data|base_model)$ || "$flag" = /* || "$from" = "$PWD" ]] ||
+                { [ ! -e "$from/$flag" ] || flag="$from/$flag"; }
+            flags+=("$flag")
+            ;;
     esac
 done
 
@@ -52,6 +58,7 @@ run() {
     "$@" &
     child=$!
     set +m
+    wait "$child" || status=$? # a signal to us ends this wait, and not the child
     while kill -0 "$child" 2>/dev/null; do
         status=0
         wait "$child" || status=$?
@@ -73,8 +80,8 @@ else
         echo "Nothing to resume: no attempt is under way, the last published run is $root/latest"
         exit 0
     fi
-    mapfile -d '' -t began_with < <("$python" -m conversation.runs flags "$attempt")
-    flags=("${began_with[@]}" "${flags[@]}")
+    "$python" -m conversation.runs add-flags "$attempt" -- "${flags[@]}" # so that a later --resume knows them, too
+    mapfile -d '' -t flags < <("$python" -m conversation.runs flags "$attempt")
     resume_training=(--resume)
     [ -e "$attempt/run.json" ] || resume_training=()
 fi

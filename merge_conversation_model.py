@@ -24,6 +24,7 @@ from conversation.runs import (
     hold,
     newest_run,
     now,
+    refuse_published,
     sha256_file,
     shown,
 )
@@ -50,6 +51,7 @@ def main() -> int:
 def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
     """Merge in a run folder that this process holds."""
     record = run.read()
+    refuse_published(run, record)
     if not record.get("training"):
         raise UserError(
             f"the training in {shown(run.path)} is not finished", "finish it: train_conversation.py --resume"
@@ -66,6 +68,8 @@ def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
     from conversation import base_models, merging, reporting
 
     base_folder = base_models.find_base_model(base_model or record["base_model"]["name"])
+    if sha256_file(base_folder / "tokenizer.json") != record["tokenizer"]["file_sha256"]:
+        raise UserError(f"{base_folder / 'tokenizer.json'} is not the one of the training", "bring the base model back")
     recorded_config = record["base_model"].get("config_sha256")
     if recorded_config and sha256_file(base_folder / "config.json") != recorded_config:
         raise UserError(f"{base_folder / 'config.json'} is not the one of the training", "bring the base model back")

@@ -56,6 +56,10 @@ def main() -> int:
     run = RunFolder((args.run_dir or newest_run().path).resolve())
     if not run.run_json.exists():
         raise UserError(f"{shown(run.path)} is not a run folder: it has no run.json")
+    if run.read().get("published"):
+        print(f"{shown(run.path)} is published: it is tested, and nothing in it is changed.")
+        three, _ = test_model(run.merged_model, args.questions)
+        return conclude(three)
     with hold(run.path), console_kept(run):
         return test_run(run, args.questions, args.resume)
 

@@ -39,6 +39,7 @@ from conversation.runs import (
     new_run_folder,
     newest_run,
     now,
+    refuse_published,
     sha256_file,
     shown,
     write_atomically,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from conversation.tokenizer import Audit, EncodedExample
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by accelerate launch
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 HARMLESS_CHANGES = ("logging_steps", "save_steps")
 
 
@@ -81,16 +83,20 @@ def main() -> int:
         parser.add_argument(f"--{dtype}", action="store_true", help="refused: this toolkit trains in FP32")
     args = parser.parse_args()
     refuse_half_precision(args)
+    if args.json and not args.check_data:
+        raise UserError("--json goes with --check_data")
 
     run = RunFolder((args.run_dir or (newest_run().path if args.resume else new_run_folder().path)).resolve())
     recorded = run.read() if args.resume else {}
+    refuse_published(run, recorded)
     config = settings(args, recorded)
     quiet_libraries()
+    if not args.check_data:
+        check_run_folder(run, args.resume)
     prepared = prepare(config)
     if args.check_data:
         print_statistics(prepared, as_json=args.json)
         return 0
-    check_run_folder(run, args.resume)
     if not args.resume:
         check_disk(run, prepared)
     with hold(run.path) if IS_MAIN_PROCESS else contextlib.nullcontext():
@@ -107,6 +113,9 @@ def refuse_half_precision(args: argparse.Namespace) -> None:
 
 def settings(args: argparse.Namespace, recorded: dict[str, Any]) -> TrainingConfig:
     """The settings from the flags; with --resume those of the run, changed by the flags given."""
+    for name in ("base_model", "training_data"):
+        if hasattr(args, name):
+            setattr(args, name, path_from_anywhere(getattr(args, name)))
     try:
         config = training_config(args)
         if not recorded:
@@ -118,6 +127,12 @@ def settings(args: argparse.Namespace, recorded: dict[str, Any]) -> TrainingConf
         raise UserError(str(error)) from None
     except (KeyError, TypeError):
         raise UserError("the run's run.json does not hold its settings: it is broken") from None
+
+
+def path_from_anywhere(name: str) -> str:
+    """A path in the working folder, absolute unless that is the project's, so that it is found from elsewhere, too."""
+    path = Path(os.path.expanduser(name))
+    return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT else name
 
 
 def data_path(config: TrainingConfig) -> Path:
@@ -222,8 +237,7 @@ def steps_of(config: dict[str, Any], examples: int) -> int:
     """Optimizer steps of a training, as the Trainer counts them."""
     if config["max_steps"] > 0:
         return config["max_steps"]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch
-    per_step = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * processes
+    per_step = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * PROCESSES
     return math.ceil(config["num_train_epochs"] * math.ceil(examples / per_step))
 
 
@@ -243,12 +257,15 @@ def mismatches(recorded: dict[str, Any], current: dict[str, Any], examples: int)
             found.append(f"the run is {before} steps long, now {steps}: it can be made longer, not shorter")
         elif steps > before:
             print(f"The run is now {steps} steps long, was {before}: harmless, it goes on.")
+    if recorded["processes"] != current["processes"]:
+        found.append(f"processes: the run has {recorded['processes']}, now {current['processes']}")
     for section, key, what in (
         ("data", "training_sha256", "the training data"),
         ("data", "held_out_sha256", "the held-out data"),
         ("base_model", "weights_sha256", "the base model's weights"),
         ("base_model", "config_sha256", "the base model's config.json"),
         ("tokenizer", "fingerprint", "the tokenizer"),
+        ("tokenizer", "file_sha256", "the file tokenizer.json"),
     ):
         before, value = recorded.get(section, {}).get(key), current[section][key]
         if before != value:
@@ -279,7 +296,11 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
             "weights_sha256": base_models.weights_hash(prepared.base_folder),
             "config_sha256": sha256_file(prepared.base_folder / "config.json"),
         },
-        "tokenizer": {"fingerprint": prepared.audit.fingerprint},
+        "tokenizer": {
+            "fingerprint": prepared.audit.fingerprint,
+            "file_sha256": sha256_file(prepared.base_folder / "tokenizer.json"),
+        },
+        "processes": PROCESSES,
         **environment(),
     }
     checkpoint = None
@@ -304,6 +325,7 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
         print(
             f"Resuming from {checkpoint.name}." if checkpoint else "No intact checkpoint: starting from the first step."
         )
+    model = training.trainable(base_models.load_model(prepared.base_folder), config)
     if IS_MAIN_PROCESS:
         write_atomically(run.training_data, training_data)
         write_atomically(run.held_out_data, held_out_data)
@@ -311,13 +333,12 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
         print(f"Run folder: {shown(run.path)}")
         print(f"{len(prepared.training)} examples to train on, {len(prepared.held_out)} held out; {prepared.audit}")
 
-    base = base_models.load_model(prepared.base_folder)
     data = training.TrainingSet(
         [training.token_sequence(ids, config.loss_on) for ids in prepared.encoded_training],
         [training.token_sequence(ids, config.loss_on) for ids in prepared.encoded_held_out],
         [example.prompt.question for example in prepared.training],
     )
-    result = training.train(base, data, config, run, checkpoint)
+    result = training.train(model, data, config, run, checkpoint)
     if IS_MAIN_PROCESS:
         files = {path.name: sha256_file(path) for path in (run.metrics, run.training_data, run.held_out_data)}
         run.update(training={**dataclasses.asdict(result), "files": files, "finished": now()})

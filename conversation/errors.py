@@ -47,6 +47,8 @@ def explained(error: BaseException) -> UserError | None:
         status = NOT_STARTED if error.errno in _WRONG_PATH else TRIED_AND_FAILED
         name = f": {str(error.filename)[:200]}" if error.filename else ""
         return UserError(f"{error.strerror or error}{name}", "", status)
+    if isinstance(error, ModuleNotFoundError):
+        return UserError(f"{error}", "use the project's environment: .venv/bin/python, which ./RETRAIN.sh makes")
     return None
 
 
@@ -61,7 +63,7 @@ def run_main(main: Callable[[], int]) -> None:
         if any("\udc80" <= character <= "\udcff" for argument in sys.argv[1:] for character in argument):
             raise UserError("an argument is not UTF-8", "rename the file, or the folder, that it names")
         sys.exit(main())
-    except (UserError, KeyboardInterrupt, OSError) as error:
+    except (UserError, KeyboardInterrupt, OSError, ModuleNotFoundError) as error:
         said = explained(error)
         print(f"error: {said}", file=sys.stderr)
         if said.hint:

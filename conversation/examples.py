@@ -59,7 +59,7 @@ def read_jsonl(path: Path) -> list[Example]:
     if problems:
         raise UserError(
             f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}",
-            "the text format is described in the README, under 'Your own data'",
+            "the text format is described in data/README.md",
         )
     if not examples:
         raise UserError(f"{path} holds no training example")
@@ -91,14 +91,16 @@ def split_by_tree(examples: Sequence[Example], held_out_share: float) -> tuple[l
     """Split into (training, held-out): whole trees are held out until `held_out_share` of the examples is reached.
 
     The order of the trees comes from a hash of their root question, so a tree stays on its side when others are added.
-    Both parts keep the order of `examples`. With a share of 0, or a single tree, nothing is held out.
+    Both parts keep the order of `examples`. With a share of 0, or a single tree, nothing is held out; else one tree at
+    least is.
     """
     sizes = Counter(root_question(example) for example in examples)
     wanted = held_out_share * len(examples)
     held_out: set[str] = set()
     taken = 0
     for root in sorted(sizes, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        if taken + sizes[root] / 2 > wanted or len(held_out) + 1 == len(sizes):
+        enough = held_out and taken + sizes[root] / 2 > wanted
+        if enough or wanted == 0 or len(held_out) + 1 == len(sizes):
             break
         held_out.add(root)
         taken += sizes[root]

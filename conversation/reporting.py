@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conversation.errors import UserError
-from conversation.runs import ATTEMPTS, RunFolder, read_json, write_atomically
+from conversation.runs import ATTEMPTS, RUN_NAME, RunFolder, read_json, write_atomically
 
 TRAINING_COLOUR, HELD_OUT_COLOUR = "#1f77b4", "#d95f02"
 
@@ -54,19 +54,19 @@ def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> 
     write_atomically(path, buffer.getvalue())
 
 
-def previous_run(run: RunFolder) -> RunFolder | None:
-    """The published run before this one, by its time of publishing; None when there is none."""
+def previous_run(run: RunFolder) -> dict[str, Any] | None:
+    """The record of the published run before this one, with its folder's `name`; None when there is none."""
     root = run.path.parent.parent if run.path.parent.name == ATTEMPTS else run.path.parent
     started = run.read()["started"]
     found = []
-    for path in root.glob("*/run.json"):
+    for path in root.glob(f"{RUN_NAME}/run.json"):
         try:
-            record = read_json(path)
+            record = RunFolder(path.parent).read()
         except UserError:
             continue  # a broken record of another run does not spoil this one's report
         if record.get("published") and record["started"] < started:
-            found.append((record["started"], path.parent))
-    return RunFolder(max(found)[1]) if found else None
+            found.append({**record, "name": path.parent.name})
+    return max(found, key=lambda record: record["started"], default=None)
 
 
 def _report(run: RunFolder, record: dict[str, Any], metrics: list[dict[str, Any]], tests: dict[str, Any] | None) -> str:
@@ -75,7 +75,7 @@ def _report(run: RunFolder, record: dict[str, Any], metrics: list[dict[str, Any]
         _summary(record, tests),
         "![Training and held-out loss over epochs](loss_curve.png)",
         "## Figures",
-        _figures(record, _before(run)),
+        _figures(record, previous_run(run)),
         "## The three structural tests",
         _tests(tests),
         "## Held-out questions",
@@ -107,11 +107,6 @@ def _summary(record: dict[str, Any], tests: dict[str, Any] | None) -> str:
     else:
         text += "Not merged yet."
     return text
-
-
-def _before(run: RunFolder) -> dict[str, Any] | None:
-    before = previous_run(run)
-    return {**before.read(), "name": before.path.name} if before else None
 
 
 def _figures(record: dict[str, Any], before: dict[str, Any] | None) -> str:
@@ -201,4 +196,9 @@ def _settings(record: dict[str, Any]) -> str:
 
 def _command(record: dict[str, Any]) -> str:
     """The training command, and what follows it when the run went through RETRAIN.sh."""
-    return record.get("retrain_command") or "./" + shlex.join(record["command"])
+    if record.get("retrain_command"):
+        return record["retrain_command"]
+    command = list(record["command"])
+    while "--run_dir" in command:  # that folder holds this run
+        del command[(at := command.index("--run_dir")) : at + 2]
+    return "./" + shlex.join(command)

@@ -39,9 +39,11 @@ from conversation.errors import TRIED_AND_FAILED, UserError, explained, run_main
 from conversation_config import PROJECT, TRAINING_RUNS
 
 LATEST = "latest"
+OLD = ".old.part"
 ATTEMPTS = "attempts"
 PUBLISHING = ".publishing"  # in attempts/, while a run gets its name and `latest` still points at the one before
 ATTEMPT_NAME = "????-??-??_??-??-??*"
+RUN_NAME = "????-??-??*"  # not example-...
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def _record_hash(record: dict[str, Any]) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that at every moment its name stands for the old content or for the whole new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file that could be replaced", "name another")
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -182,16 +186,20 @@ def replace_folder(part: Path, final: Path) -> None:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    old = final.with_name(f".{final.name}.old.part")
+    old = final.with_name(f".{final.name}{OLD}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        os.rename(final, old)
+        os.rename(final, old)  # killed after this, `remove_leftovers` gives the old one its name back
     os.rename(part, final)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write."""
+    """Remove what a process that was killed had begun to write; a folder that it was replacing gets its name back."""
+    for old in folder.glob(f".*{OLD}"):
+        final = old.with_name(old.name[1 : -len(OLD)])
+        if not final.exists():
+            os.rename(old, final)
     for leftover in folder.glob(".*.part"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -275,7 +283,7 @@ def new_run_folder(root: Path = TRAINING_RUNS) -> RunFolder:
 
 def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
     """The run whose run.json was written last, attempts included. Raises UserError when there is none."""
-    found = [*root.glob("*/run.json"), *(root / ATTEMPTS).glob("*/run.json")]
+    found = [*root.glob(f"{RUN_NAME}/run.json"), *(root / ATTEMPTS).glob(f"{ATTEMPT_NAME}/run.json")]
     if not found:
         raise UserError(
             f"there is no run in {root}", "train one with train_conversation.py, or name one with --run_dir"
@@ -498,7 +506,7 @@ def publish(attempt: RunFolder, root: Path, command: str) -> Path:
     A reader sees the run under its final name whole or not at all. Stopped between the two steps, `latest` still points
     at the run before; `finish_publishing` puts that right.
     """
-    with hold(attempt.path):
+    with hold(attempt.path), console_kept(attempt):
         record = attempt.read()
         if not (record.get("structural_tests") or {}).get("passed"):
             raise UserError(f"{shown(attempt.path)} has not passed its tests: not published", "", TRIED_AND_FAILED)
@@ -550,8 +558,22 @@ def _point_latest_at(run: Path) -> None:
     os.replace(link, run.parent / LATEST)
 
 
+def _flags(attempt: RunFolder) -> list[str]:
+    """The flags that RETRAIN.sh was begun with, and those it was resumed with. Raises UserError."""
+    flags = read_json(attempt.retrain_flags).get("flags")
+    if not isinstance(flags, list) or not all(isinstance(flag, str) and "\0" not in flag for flag in flags):
+        raise UserError(f"{attempt.retrain_flags} is broken: it does not list flags", "begin anew: ./RETRAIN.sh")
+    return flags
+
+
+def refuse_published(run: RunFolder, record: dict[str, Any]) -> None:
+    """Raises UserError: what is published is not changed any more."""
+    if record.get("published"):
+        raise UserError(f"{shown(run.path)} is published: it is not changed any more", "name another with --run_dir")
+
+
 def main() -> int:
-    """`python -m conversation.runs lock|begin|newest|flags|publish`: the bookkeeping of RETRAIN.sh."""
+    """`python -m conversation.runs lock|begin|newest|flags|add-flags|publish`: the bookkeeping of RETRAIN.sh."""
     parser = argparse.ArgumentParser(prog="conversation.runs", description="the bookkeeping of RETRAIN.sh")
     parser.add_argument("--root", type=Path, default=TRAINING_RUNS, help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -560,6 +582,9 @@ def main() -> int:
     beginning.add_argument("flags", nargs="*", help="the flags of the retrain, after a --")
     commands.add_parser("newest", help="print the folder of the newest attempt, nothing when there is none")
     commands.add_parser("flags", help="print an attempt's flags, a NUL after each").add_argument("attempt", type=Path)
+    adding = commands.add_parser("add-flags", help="keep flags that an attempt is resumed with")
+    adding.add_argument("attempt", type=Path)
+    adding.add_argument("flags", nargs="*", help="after a --")
     publishing = commands.add_parser("publish", help="give an attempt its final name and print it")
     publishing.add_argument("attempt", type=Path)
     publishing.add_argument("command_line", help="the command that repeats the run, for its report")
@@ -575,7 +600,10 @@ def main() -> int:
         attempt = newest_attempt(args.root)
         print(shown(attempt) if attempt else "")
     elif args.command == "flags":
-        print("".join(f"{flag}\0" for flag in read_json(RunFolder(args.attempt).retrain_flags)["flags"]), end="")
+        print("".join(f"{flag}\0" for flag in _flags(RunFolder(args.attempt))), end="")
+    elif args.command == "add-flags":
+        attempt = RunFolder(args.attempt)
+        write_json(attempt.retrain_flags, {"flags": [*_flags(attempt), *args.flags]})
     else:
         print(shown(publish(RunFolder(args.attempt.resolve()), args.root, args.command_line)))
     return 0

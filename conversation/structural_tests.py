@@ -5,13 +5,14 @@ Beside the three, held-out questions are asked and counted; they inform and do n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conversation import strict_json
-from conversation.errors import UserError
+from conversation.errors import UserError, list_problems
 from conversation.function_calls import (
     END_OF_TURN,
     Answer,
@@ -145,7 +146,7 @@ def run_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases:
 def read_questions(path: Path) -> list[Case]:
     """Questions from a JSONL file: objects with `question` and, if it is a follow-up, `history` (speaker, text).
 
-    Raises UserError with the line.
+    Raises UserError with the lines.
     """
     cases = []
     try:
@@ -154,13 +155,22 @@ def read_questions(path: Path) -> list[Case]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except strict_json.JsonError as error:
         raise UserError(f"{path}: {error}") from None
-    for number, line in enumerate(content.splitlines(), 1):
+    problems = []
+    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):
         try:
             value = strict_json.loads(line)
-            history = tuple(Utterance(u["speaker"], u["text"]) for u in value.get("history", ()))
-            cases.append(Case(f"question {number}", Prompt(value["question"], history)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: not a question: {error}") from None
+            history = [(u["speaker"], u["text"]) for u in value.get("history", ())]
+            if not all(isinstance(text, str) for text in (value["question"], *itertools.chain(*history))):
+                raise ValueError("question, speaker and text must be strings")
+            prompt = Prompt(value["question"], tuple(Utterance(*said) for said in history))
+            cases.append(Case(f"question {number}", prompt))
+        except (KeyError, TypeError, AttributeError):
+            wanted = '{"question": ..., "history": [{"speaker": ..., "text": ...}]}'
+            problems.append(f"{path}:{number}: not a question: expected {wanted}")
+        except ValueError as error:
+            problems.append(f"{path}:{number}: not a question: {error}")
+    if problems:
+        raise UserError(f"{len(problems)} lines are no questions:\n{list_problems(problems)}")
     if not cases:
         raise UserError(f"{path} holds no question")
     return cases

@@ -29,7 +29,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from conversation.errors import TRIED_AND_FAILED, UserError
@@ -113,27 +113,39 @@ def add_adapters(model: torch.nn.Module, config: TrainingConfig) -> PeftModel:
     )
 
 
-def train(
-    base: torch.nn.Module, data: TrainingSet, config: TrainingConfig, run: RunFolder, checkpoint: Path | None
-) -> TrainingResult:
-    """Train adapters on a base model and leave them in the run's `final_lora`.
+def trainable(base: PreTrainedModel, config: TrainingConfig) -> PeftModel:
+    """The model with adapters, ready for the shared-prefix step. Raises UserError when it does not allow that."""
+    set_seed(config.seed)
+    try:
+        model = add_adapters(base, config)
+        use_shared_prefix_attention(model)
+    except ValueError as error:
+        raise UserError(
+            f"a {type(base).__name__} cannot be trained here: {error}",
+            "Gemma, Llama and Qwen models can",
+        ) from None
+    return model
 
-    `checkpoint`: where to go on, from `newest_intact_checkpoint`; None starts anew.
+
+def train(
+    model: PeftModel, data: TrainingSet, config: TrainingConfig, run: RunFolder, checkpoint: Path | None
+) -> TrainingResult:
+    """Train a model's adapters and leave them in the run's `final_lora`.
+
+    `model` is what `trainable` made. `checkpoint`: where to go on, from `newest_intact_checkpoint`; None starts anew.
     Raises Interrupted after a signal; UserError (status 1) when the loss or a gradient is not finite, when the loss
     explodes, or when the disk is full.
     """
-    set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = False
     progress, explosion = _Progress(run), _Explosion()
     try:
-        model = add_adapters(base, config)
         trainer = ConversationTrainer(model, data, config, run, callbacks=[progress, _Checkpoints(), explosion])
         progress.trainer = explosion.trainer = trainer
         with _signals_heeded(progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError, SafetensorError) as error:
-        trainable = sum(4 * p.numel() for p in base.parameters() if p.requires_grad)
-        raise _explained(error, run, 3 * trainable) from error
+        adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        raise _explained(error, run, 3 * adapters) from error
     if progress.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped by {progress.signal.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
@@ -216,7 +228,6 @@ class ConversationTrainer(Trainer):
         run: RunFolder,
         callbacks: list[TrainerCallback],
     ):
-        use_shared_prefix_attention(model)
         arguments = TrainingArguments(
             output_dir=str(run.checkpoints),
             per_device_train_batch_size=config.examples_per_step,
@@ -232,7 +243,7 @@ class ConversationTrainer(Trainer):
             logging_nan_inf_filter=False,
             save_strategy="steps",
             save_steps=config.save_steps,
-            save_total_limit=KEPT_CHECKPOINTS,
+            save_total_limit=None,  # `_Checkpoints` keeps the newest by step; the Trainer would go by the clock
             eval_strategy="epoch" if data.held_out else "no",
             seed=config.seed,
             bf16=False,
@@ -432,7 +443,7 @@ class _Progress(TrainerCallback):
 
 
 class _Checkpoints(TrainerCallback):
-    """Writes the hashes of a checkpoint's files when it is complete."""
+    """Writes the hashes of a checkpoint's files when it is complete; only then are older ones dropped."""
 
     def on_save(self, args, state, control, model, **kwargs):
         if state.is_world_process_zero:
@@ -441,7 +452,13 @@ class _Checkpoints(TrainerCallback):
                 shutil.rmtree(folder)
                 problem = f"the adapters after step {state.global_step} are not finite"
                 raise UserError(problem, "lower --learning_rate", TRIED_AND_FAILED)
-            write_json(folder / CHECKPOINT_HASHES, file_hashes(folder))
+            try:
+                write_json(folder / CHECKPOINT_HASHES, file_hashes(folder))
+            except UserError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            for older in checkpoints(folder.parent)[KEPT_CHECKPOINTS:]:
+                shutil.rmtree(older)
 
 
 class _Explosion(TrainerCallback):
@@ -484,11 +501,16 @@ def _signals_heeded(progress: _Progress) -> Iterator[None]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest step first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
 def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, and why newer ones are not used."""
     problems = []
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in checkpoints(folder):
         try:
             hashes = read_json(path / CHECKPOINT_HASHES)
             problem = differing_file(path, hashes) if hashes else f"{path / CHECKPOINT_HASHES} is empty"
@@ -502,8 +524,6 @@ def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 def drop_newer_checkpoints(folder: Path, kept: Path | None) -> None:
     """Remove what was found broken, so that it is neither counted nor resumed from again."""
-    newest = int(kept.name.removeprefix("checkpoint-")) if kept else -1
-    for path in folder.glob("checkpoint-*"):
-        name = path.name.removeprefix("checkpoint-")
-        if name.isdigit() and int(name) > newest:
-            shutil.rmtree(path)
+    found = checkpoints(folder)
+    for path in found[: found.index(kept) if kept else None]:
+        shutil.rmtree(path)

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import jsonschema
+from typing import TYPE_CHECKING, Any
 
 from conversation import strict_json
 from conversation.errors import UserError, list_problems
 from conversation.function_calls import CONTROL_PATTERN, Answer, Choice, Example, Prompt, Utterance
+
+if TYPE_CHECKING:
+    import jsonschema
 
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "data" / "conversation_tree.schema.json"
 
@@ -65,6 +66,8 @@ class TreeError(ValueError):
 
 @cache
 def _validator() -> jsonschema.Draft202012Validator:
+    import jsonschema
+
     return jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
 
 

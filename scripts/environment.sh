@@ -20,7 +20,7 @@ prepare_environment() {
         [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && continue
         if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$file" >&2; then
             echo "error: the packages of $file could not be installed into $venv" >&2
-            echo "hint: see pip's message above; the same command goes on where it stopped" >&2
+            echo "hint: see pip's message above; then run the same command again" >&2
             return 2
         fi
         echo "$wanted" >"$stamp"

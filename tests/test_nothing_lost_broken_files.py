@@ -153,3 +153,15 @@ def test_a_merged_folders_own_manifest_is_read_with_care(untouched, tmp_path):
         status, output = finished("test_conversation_model.py", "--model", merged, output=tmp_path / "out")
         assert status == 2 and ("broken" in output or "is not a merged model" in output), (content, output)
     assert json.loads(whole)["files"]
+
+
+def test_a_base_model_whose_header_names_another_tensor_is_refused(tiny_folder, flags, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    assert content.count(b"layers.1.mlp.up_proj") == 1
+    weights.write_bytes(content.replace(b"layers.1.mlp.up_proj", b"layers.1.mlp.tp_proj"))
+    other = ["--base_model", base, *flags[2:]]
+    status, output = finished(TRAIN, "--run_dir", tmp_path / "run", *other, output=tmp_path / "out")
+    assert status == 2 and "missing are model.layers.1.mlp.up_proj.weight" in output
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -189,3 +189,13 @@ def test_retrain_survives_six_kills_at_random_moments(tmp_path, tiny_folder, own
     assert os.readlink(runs / "latest") == run.name and not list((runs / "attempts").glob("20*"))
     assert adapters(run) == undisturbed_adapters(home, tmp_path)
     assert kills >= 5  # 30 in all
+
+
+def test_the_newest_checkpoints_are_kept_by_step_whatever_the_clock_says(trained, tmp_path):
+    checkpoints = RunFolder(trained).checkpoints
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 6, 9)]
+    for path in checkpoints.glob("checkpoint-*"):  # as after a clock that was set back
+        os.utime(path, (time.time() + 9999, time.time() + 9999))
+    status, output = finished(TRAIN, "--run_dir", trained, "--resume", "--max_steps", "15", output=tmp_path / "out")
+    assert status == 0, output
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 15, 9)]

@@ -20,7 +20,7 @@ def test_each_difference_is_named_and_nothing_is_touched(trained, tiny_folder, t
     flip_bit(base / "model.safetensors", 0.9)
     (base / "config.json").write_text((base / "config.json").read_text() + "\n")
     tokenizer = json.loads((base / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
+    del tokenizer["model"]["merges"][-1]  # too little for the probes of the fingerprint to show
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     data = tmp_path / "other.jsonl"
     data.write_bytes(to_jsonl(easy_lines()[1:]))
@@ -36,7 +36,7 @@ def test_each_difference_is_named_and_nothing_is_touched(trained, tiny_folder, t
         "the training data: the run has",
         "the base model's weights: the run has",
         "the base model's config.json: the run has",
-        "the tokenizer: the run has",
+        "the file tokenizer.json: the run has",
     ):
         assert difference in output, difference
     after = file_hashes(trained)
@@ -63,3 +63,17 @@ def test_resuming_a_finished_run_changes_nothing(trained, tmp_path, again):
     status, output = finished(TRAIN, "--run_dir", trained, "--resume", *again, output=tmp_path / "out")
     assert status == 0 and "The training is done already." in output
     assert file_hashes(RunFolder(trained).checkpoints) == before
+
+
+def test_merging_with_another_tokenizer_than_that_of_the_training_is_refused(trained, tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    flip_bit(base / "tokenizer.json", 1.0)
+    status, output = finished(MERGE, "--run_dir", trained, "--base_model", base, output=tmp_path / "out")
+    assert (status == 2 and "tokenizer.json is not the one of the training" in output) or "cannot be loaded" in output
+
+
+def test_another_number_of_processes_is_named(trained, tmp_path):
+    run = RunFolder(trained)
+    run.update(processes=2)
+    status, output = finished(TRAIN, "--run_dir", trained, "--resume", output=tmp_path / "out")
+    assert status == 2 and "processes: the run has 2, now 1" in output

@@ -1,5 +1,6 @@
 """Promise: publishing is atomic; what was published stays; no reader ever sees half a folder under a final name."""
 
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -195,3 +196,62 @@ def test_retrain_refuses_flags_that_would_lead_its_stages_elsewhere(tmp_path, fl
     assert done.returncode == 2 and "is not for RETRAIN.sh" in done.stderr
     short = [sys.executable, "train_conversation.py", flags[0][:-2], *flags[1:]]
     assert "unrecognized arguments" in subprocess.run(short, cwd=runs.PROJECT, capture_output=True, text=True).stderr
+
+
+def test_a_broken_record_of_a_published_run_does_not_keep_the_next_one_from_being_published(tmp_path):
+    old = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    record = RunFolder(old).run_json
+    record.write_text(record.read_text().replace('"c"', '"d"'))
+    new = runs.publish(finished_attempt(tmp_path), tmp_path, "./RETRAIN.sh")
+    assert (tmp_path / "latest").resolve() == new.resolve() and is_whole(new)
+
+
+def test_a_folder_replaced_is_the_old_or_the_new_one_wherever_the_kill_falls(tmp_path):
+    number, kills = 1, 0
+    while True:
+        folder = tmp_path / str(number)
+        for name, content in (("model", "old"), (".model.part", "new")):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "weights").write_text(content)
+        work = functools.partial(runs.replace_folder, folder / ".model.part", folder / "model")
+        killed = killed_at(number, work)
+        with runs.hold(folder):  # whoever works here next
+            assert (folder / "model" / "weights").read_text() in ("old", "new")
+            assert sorted(os.listdir(folder)) == [".lock", "model"]
+        kills += killed
+        if not killed:
+            break
+        number += 1
+    assert kills >= 4 and (folder / "model" / "weights").read_text() == "new"
+
+
+def test_what_is_published_is_not_changed_by_a_script_run_by_hand(tmp_path):
+    run = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    before = runs.file_hashes(run)
+    for script, flags in (("train_conversation.py", ["--resume"]), ("merge_conversation_model.py", [])):
+        command = [sys.executable, script, "--run_dir", str(run), *flags]
+        done = subprocess.run(command, cwd=runs.PROJECT, capture_output=True, text=True)
+        assert done.returncode == 2 and "is published: it is not changed any more" in done.stderr, done.stderr
+    kept = {name: digest for name, digest in runs.file_hashes(run).items() if name not in ("console.log", ".lock")}
+    assert kept == {name: digest for name, digest in before.items() if name not in ("console.log", ".lock")}
+
+
+def test_the_example_in_the_repository_is_nobodys_newest_run(tmp_path):
+    finished_attempt(tmp_path).path.rename(tmp_path / "example-2026-11-22")
+    with pytest.raises(UserError, match="there is no run"):
+        runs.newest_run(tmp_path)
+
+
+def test_flags_given_to_a_resumed_retrain_are_kept_and_broken_ones_are_named(tmp_path):
+    attempt = runs.begin_attempt(tmp_path, ["--max_steps", "200"])
+
+    def bookkeeping(*arguments):
+        command = [sys.executable, "-m", "conversation.runs", "--root", str(tmp_path), *arguments]
+        return subprocess.run(command, cwd=runs.PROJECT, capture_output=True, text=True)
+
+    assert bookkeeping("add-flags", str(attempt), "--", "--max_steps", "300").returncode == 0
+    assert bookkeeping("flags", str(attempt)).stdout == "\0".join(["--max_steps", "200", "--max_steps", "300", ""])
+    for broken in ("{}", '{"flags": "x"}', '{"flags": [1]}', "{"):
+        RunFolder(attempt).retrain_flags.write_text(broken)
+        done = bookkeeping("add-flags", str(attempt), "--")
+        assert done.returncode == 2 and "retrain_flags.json is broken" in done.stderr, done.stderr
