@@ -19,19 +19,20 @@ stage() {
 }
 fail() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
 
-resume=() flags=()
+resume=() flags=() before=
 for flag in "$@"; do
     case "$flag" in
         -h | --help) sed -n '2,/^set -e/{/^set -e/!s/^# \{0,1\}//p}' RETRAIN.sh; exit 0 ;;
         --resume) resume=(--resume) ;;
         --run_dir* | --check_data | --json) fail "$flag is not for RETRAIN.sh" "it goes to train_conversation.py" ;;
         *)
-            # A path is meant from where RETRAIN.sh was called.
-            [[ ! "${flags[-1]-}" =~ ^--(training_data|base_model)$ || "$flag" = /* || "$from" = "$PWD" ]] ||
-                { [ ! -e "$from/$flag" ] || flag="$from/$flag"; }
+            case "$before" in # a path is meant from where RETRAIN.sh was called
+                --training_data | --base_model) [ "$from" = "$PWD" ] || [ ! -e "$from/$flag" ] || flag="$from/$flag" ;;
+            esac
             flags+=("$flag")
             ;;
     esac
+    before=$flag
 done
 
 # 1. The environment: .venv with the pinned packages, made once and again when requirements.txt changes.
