@@ -68,7 +68,8 @@ def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
     from conversation import base_models, merging, reporting
 
     base_folder = base_models.find_base_model(base_model or record["base_model"]["name"])
-    if sha256_file(base_folder / "tokenizer.json") != record["tokenizer"]["file_sha256"]:
+    recorded_tokenizer = record["tokenizer"].get("file_sha256")
+    if recorded_tokenizer and sha256_file(base_folder / "tokenizer.json") != recorded_tokenizer:
         raise UserError(f"{base_folder / 'tokenizer.json'} is not the one of the training", "bring the base model back")
     recorded_config = record["base_model"].get("config_sha256")
     if recorded_config and sha256_file(base_folder / "config.json") != recorded_config:

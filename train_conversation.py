@@ -257,8 +257,8 @@ def mismatches(recorded: dict[str, Any], current: dict[str, Any], examples: int)
             found.append(f"the run is {before} steps long, now {steps}: it can be made longer, not shorter")
         elif steps > before:
             print(f"The run is now {steps} steps long, was {before}: harmless, it goes on.")
-    if recorded["processes"] != current["processes"]:
-        found.append(f"processes: the run has {recorded['processes']}, now {current['processes']}")
+    if (before := recorded.get("processes", 1)) != current["processes"]:
+        found.append(f"processes: the run has {before}, now {current['processes']}")
     for section, key, what in (
         ("data", "training_sha256", "the training data"),
         ("data", "held_out_sha256", "the held-out data"),
