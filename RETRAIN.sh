@@ -44,7 +44,7 @@ python=$(prepare_environment requirements.txt)
 root=training-runs/conversation
 mkdir -p "$root/attempts"
 exec 9<>"$root/attempts/.lock" # read, too: who holds it
-"$python" -m conversation.runs lock 9
+"$python" -m conversation.publishing lock 9
 
 # Each stage runs as a child that Ctrl-C, SIGTERM and a closed terminal reach, so that it can save its work; RETRAIN.sh
 # ends as it does, and begins no further stage.
@@ -72,19 +72,19 @@ run() {
 stage 2 "Base model, data, tokenizer"
 if [ ${#resume[@]} -eq 0 ]; then
     run "$python" train_conversation.py --check_data "${flags[@]}"
-    attempt=$("$python" -m conversation.runs begin -- "${flags[@]}")
+    attempt=$("$python" -m conversation.publishing begin -- "${flags[@]}")
     resume_training=()
 else
-    attempt=$("$python" -m conversation.runs newest)
+    attempt=$("$python" -m conversation.publishing newest)
     if [ -z "$attempt" ]; then
         [ -e "$root/latest" ] || fail "there is no attempt to resume" "begin one: ./RETRAIN.sh"
         echo "Nothing to resume: no attempt is under way, the last published run is $root/latest"
         exit 0
     fi
-    "$python" -m conversation.runs add-flags "$attempt" -- "${flags[@]}" # so that a later --resume knows them, too
-    mapfile -d '' -t flags < <("$python" -m conversation.runs flags "$attempt")
+    "$python" -m conversation.publishing add-flags "$attempt" -- "${flags[@]}" # so that a later --resume knows them, too
+    mapfile -d '' -t flags < <("$python" -m conversation.publishing flags "$attempt")
     resume_training=(--resume)
-    [ -e "$attempt/run.json" ] || resume_training=()
+    [ -e "$attempt/run.json" ] || resume_training=() # stopped before the training's first record
 fi
 echo "Attempt: $attempt"
 failed() {
@@ -103,6 +103,6 @@ stage 5 "Structural tests"
 run "$python" test_conversation_model.py --run_dir "$attempt" "${resume[@]}"
 
 stage 6 "Publish"
-published=$("$python" -m conversation.runs publish "$attempt" "$(printf '%q ' ./RETRAIN.sh "${flags[@]}" | sed 's/ $//')")
+published=$("$python" -m conversation.publishing publish "$attempt" "$(printf '%q ' ./RETRAIN.sh "${flags[@]}" | sed 's/ $//')")
 trap - ERR
 printf '\nPublished: %s (and %s/latest)\nReport:    %s/report.md\n' "$published" "$root" "$published"

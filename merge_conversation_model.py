@@ -10,33 +10,21 @@ and adapters say. Exit status: 0 merged and verified; 1 tried and failed; 2 not 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 
-from conversation.errors import UserError, run_main
+from conversation.console import console_kept
+from conversation.errors import CommandLine, UserError, run_main
 from conversation.examples import read_jsonl
-from conversation.runs import (
-    RunFolder,
-    check_room,
-    console_kept,
-    differing_file,
-    hold,
-    newest_run,
-    now,
-    refuse_published,
-    sha256_file,
-    shown,
-)
+from conversation.files import check_room, differing_file, sha256_file, shown
+from conversation.runs import RunFolder, hold, newest_run, now, refuse_published
 from conversation_config import quiet_libraries
 
 COMPARED_PROMPTS = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     parser.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
     parser.add_argument("--base_model", help="where the base is now (default: what the run was trained on)")
     parser.add_argument("--resume", action="store_true", help="do nothing when the merged model is there and intact")
@@ -50,6 +38,8 @@ def main() -> int:
 
 def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
     """Merge in a run folder that this process holds."""
+    from conversation import reporting
+
     record = run.read()
     refuse_published(run, record)
     if not record.get("training"):
@@ -59,13 +49,14 @@ def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
     adapter_files = record["training"]["adapter_files"]
     if resume and record.get("merge") and merged_is_intact(run, record["merge"], adapter_files):
         print("The model is merged and verified already.")
+        reporting.write_report(run)  # it may have been stopped between record and report
         return 0
     for folder, files in ((run.final_lora, adapter_files), (run.path, record["training"].get("files", {}))):
         if problem := differing_file(folder, files):
             raise UserError(f"the adapters or data are not those of the training: {problem}", "train with --resume")
 
     quiet_libraries()
-    from conversation import base_models, merging, reporting
+    from conversation import base_models, merging
 
     base_folder = base_models.find_base_model(base_model or record["base_model"]["name"])
     recorded_tokenizer = record["tokenizer"].get("file_sha256")

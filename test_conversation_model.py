@@ -13,25 +13,15 @@ Exit status: 0 all three passed; 1 one failed; 2 not started.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversation.errors import TRIED_AND_FAILED, UserError, run_main
-from conversation.runs import (
-    RunFolder,
-    console_kept,
-    differing_file,
-    hold,
-    newest_run,
-    now,
-    read_json,
-    sha256_file,
-    shown,
-    write_json,
-)
+from conversation.console import console_kept
+from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
+from conversation.files import differing_file, read_json, sha256_file, shown, write_json
+from conversation.runs import RunFolder, hold, newest_run, now
 from conversation.structural_tests import THREE_CASES, Verdict, read_questions, run_cases
 from conversation_config import HELD_OUT_QUESTIONS, quiet_libraries
 
@@ -40,9 +30,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
     which.add_argument("--model", type=Path, help="a merged model folder")
@@ -76,6 +64,7 @@ def test_run(run: RunFolder, questions_file: Path, resume: bool) -> int:
         problem = differing_file(run.path, done.get("files", {}))
         if problem is None:
             print("The model has passed its tests already.")
+            reporting.write_report(run)  # it may have been stopped between record and report
             return 0
         print(f"The model is tested again: {problem}")
     if problem := differing_file(run.merged_model, record["merge"]["files"]):

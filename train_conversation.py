@@ -25,25 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversation.console import console_kept
 from conversation.data_quality import assess
-from conversation.errors import UserError, list_problems, run_main
+from conversation.errors import CommandLine, UserError, list_problems, run_main
 from conversation.examples import length_summary, read_training_data, split_by_tree, statistics_of, to_jsonl
+from conversation.files import check_room, differing_file, sha256_file, shown, write_atomically
 from conversation.function_calls import Example
-from conversation.runs import (
-    RunFolder,
-    check_room,
-    console_kept,
-    differing_file,
-    environment,
-    hold,
-    new_run_folder,
-    newest_run,
-    now,
-    refuse_published,
-    sha256_file,
-    shown,
-    write_atomically,
-)
+from conversation.machine import environment
+from conversation.publishing import bytes_of_attempts
+from conversation.runs import RunFolder, hold, new_run_folder, newest_run, now, refuse_published
 from conversation.trees import read_trees
 from conversation_config import PROJECT, TrainingConfig, add_training_flags, quiet_libraries, training_config
 
@@ -69,9 +59,7 @@ class Prepared:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add_training_flags(parser)
     parser.add_argument(
         "--run_dir", type=Path, help="the run folder (default: a new one of today; with --resume: the newest)"
@@ -86,22 +74,37 @@ def main() -> int:
     if args.json and not args.check_data:
         raise UserError("--json goes with --check_data")
 
-    run = RunFolder((args.run_dir or (newest_run().path if args.resume else new_run_folder().path)).resolve())
-    recorded = run.read() if args.resume else {}
-    refuse_published(run, recorded)
-    config = settings(args, recorded)
     quiet_libraries()
-    if not args.check_data:
-        check_run_folder(run, args.resume)
-    prepared = prepare(config)
     if args.check_data:
+        prepared = prepare(settings(args, {}))
         print_statistics(prepared, as_json=args.json)
+        check_disk(new_run_folder(), prepared, bytes_of_attempts())
         return 0
-    if not args.resume:
-        check_disk(run, prepared)
-    with hold(run.path) if IS_MAIN_PROCESS else contextlib.nullcontext():
-        with console_kept(run) if IS_MAIN_PROCESS else contextlib.nullcontext():
-            return train_in(run, prepared, recorded)
+
+    run = RunFolder((args.run_dir or (newest_run().path if args.resume else new_run_folder().path)).resolve())
+    recorded = recorded_run(run) if args.resume else {}
+    refuse_published(run, recorded)
+    check_run_folder(run, bool(recorded))
+    with contextlib.ExitStack() as stack:
+        begun = args.resume or run.retrain_flags.exists()
+        if begun and IS_MAIN_PROCESS:  # from here on its log keeps every error
+            stack.enter_context(hold(run.path))
+            stack.enter_context(console_kept(run))
+        prepared = prepare(settings(args, recorded))
+        if not recorded:
+            check_disk(run, prepared)
+        if not begun and IS_MAIN_PROCESS:
+            stack.enter_context(hold(run.path))
+            stack.enter_context(console_kept(run))
+        return train_in(run, prepared, recorded)
+
+
+def recorded_run(run: RunFolder) -> dict[str, Any]:
+    """What is known of the run that is resumed; nothing, when it was stopped before its first record."""
+    if not run.run_json.exists() and run.console_log.exists():
+        print(f"Nothing is recorded in {shown(run.path)} yet: starting from the first step, with the flags given.")
+        return {}
+    return run.read()
 
 
 def refuse_half_precision(args: argparse.Namespace) -> None:
@@ -222,15 +225,18 @@ def check_run_folder(run: RunFolder, resume: bool) -> None:
         raise UserError(f"{shown(run.path)} is not empty: it holds {others[0]}", "name a new folder with --run_dir")
 
 
-def check_disk(run: RunFolder, prepared: Prepared) -> None:
-    """Raises UserError when the disk has no room for what training leaves, and the merged model after it."""
+def check_disk(run: RunFolder, prepared: Prepared, to_be_freed: int = 0) -> None:
+    """Raises UserError when the disk has no room for what training leaves, and the merged model after it.
+
+    `to_be_freed`: bytes that will be removed from that disk before.
+    """
     from conversation import base_models, training
 
     adapters = base_models.adapter_bytes(prepared.base_folder, prepared.config.lora_r)
     checkpoint = 3 * adapters + 100_000  # weights and AdamW's two moments; the rest is small
     merged = sum(path.stat().st_size for path in prepared.base_folder.glob("*.safetensors"))
     needed = (training.KEPT_CHECKPOINTS + 1) * checkpoint + adapters + merged
-    check_room(run.path, needed, "training and the merged model after it")
+    check_room(run.path, needed - to_be_freed, "training and the merged model after it")
 
 
 def steps_of(config: dict[str, Any], examples: int) -> int:
@@ -315,6 +321,8 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
             problem = problem or differing_file(run.path, done.get("files", {}))
             if problem is None and done["steps"] >= steps_of(record["config"], len(prepared.training)):
                 print("The training is done already.")
+                if IS_MAIN_PROCESS:
+                    reporting.write_report(run)  # it may have been stopped between record and report
                 return 0
             if problem:
                 print(f"warning: the training goes on from a checkpoint: {problem}", file=sys.stderr)

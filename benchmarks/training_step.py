@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING, Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from conversation.errors import UserError, run_main  # noqa: E402
+from conversation.errors import CommandLine, UserError, run_main  # noqa: E402
 from conversation.examples import read_training_data  # noqa: E402
-from conversation.runs import environment, now  # noqa: E402
+from conversation.machine import environment  # noqa: E402
+from conversation.runs import now  # noqa: E402
 from conversation_config import STAND_IN, TrainingConfig, quiet_libraries  # noqa: E402
 
 if TYPE_CHECKING:
@@ -58,15 +59,14 @@ GROWTH_PLOT = Path(__file__).with_suffix(".png")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     parser.add_argument("--base_model", default=STAND_IN, help="hub name or local folder (default: %(default)s)")
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
     parser.add_argument("--variants", default=",".join(DEFAULT_VARIANTS), help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way (default: %(default)s)")
     parser.add_argument("--trl_rounds", type=int, default=1, help="timed steps of TRL's ways (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples make up the batches")
+    parser.add_argument("--adapters", type=Path, help="adapters of a finished training (default: random ones)")
     parser.add_argument("--cuda_memory_gb", type=float, help="on a GPU: leave each way no more memory than this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--growth", action="store_true", help="instead: draw how time grows, on a small random model")
@@ -99,6 +99,7 @@ class Job:
 
     base_folder: Path
     batches: list[list[TokenSequence]]  # the first one warms up
+    adapters: Path | None  # of a finished training
     cuda_memory_gb: float | None
     folder: Path  # for gradients and what TRL writes
 
@@ -121,6 +122,7 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda_memory_gb": args.cuda_memory_gb,
         "base_model": args.base_model,
+        "adapters": str(args.adapters) if args.adapters else "random",
         "examples_per_step": EXAMPLES,
         "batches": [
             {"tokens": tree.num_sequence_tokens, "distinct_tokens": tree.num_tokens, "labels": tree.num_labels}
@@ -129,7 +131,7 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         jobs = {
-            name: Job(base_folder, batches[: 1 + rounds[name]], args.cuda_memory_gb, Path(folder) / name)
+            name: Job(base_folder, batches[: 1 + rounds[name]], args.adapters, args.cuda_memory_gb, Path(folder) / name)
             for name in names
         }
         taken = run_in_turns(jobs) if report["device"] == "cpu" else run_one_after_another(jobs)
@@ -350,7 +352,7 @@ def run_variant(name: str, job: Job, connection: Connection) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, job.cuda_memory_gb * 1e9 / total))
     turns = Turns(connection, job)
     try:
-        model = adapted_model(job.base_folder)
+        model = adapted_model(job.base_folder, job.adapters, fused=name == "ours")
         if name.startswith("trl"):
             run_trl(model, job, turns, per_device=8 if name == "trl-8x1" else 1, kept=name == "trl-1x8-kept")
         else:
@@ -362,23 +364,29 @@ def run_variant(name: str, job: Job, connection: Connection) -> None:
         connection.send({"error": "out of memory"})
 
 
-def adapted_model(base_folder: Path):
-    """The base with the default recipe's adapters, without dropout; the same in each process.
+def adapted_model(base_folder: Path, trained: Path | None, fused: bool):
+    """The base with the default recipe's adapters, without dropout, in our layers or peft's; the same in each process.
 
-    LoRA's B starts at zero, which would leave A without a gradient to compare: here it is small instead.
+    LoRA's B starts at zero, which would leave A without a gradient to compare: unless the adapters are those of a
+    finished training, it is small instead.
     """
     import torch
+    from peft import get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
+    from conversation.adapters import add_adapters, lora_config
     from conversation.base_models import load_model
-    from conversation.training import add_adapters
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_model(base_folder)
     torch.manual_seed(0)
-    model = add_adapters(base, TrainingConfig(lora_dropout=0.0))
+    config = TrainingConfig(lora_dropout=0.0)
+    model = add_adapters(base, config) if fused else get_peft_model(base, lora_config(config))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
+    if trained:
+        set_peft_model_state_dict(model, load_file(trained / "adapter_model.safetensors"))
     return model.to(device).train()
 
 
@@ -627,7 +635,7 @@ def small_model(growth: Growth, vocabulary: int):
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    from conversation.training import add_adapters
+    from conversation.adapters import add_adapters
 
     torch.manual_seed(0)
     config = Gemma3TextConfig(

@@ -8,7 +8,6 @@ as are the two turn tokens, which its pre-training never met.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -20,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversation.errors import TRIED_AND_FAILED, UserError, list_problems, run_main
+from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, list_problems, run_main
+from conversation.files import check_room, differing_file, file_hashes, make_folder, read_json, sha256_file, write_json
 from conversation.function_calls import CONTROL_TOKENS, FORMAT_TOKENS
-from conversation.runs import check_room, differing_file, file_hashes, make_folder, read_json, sha256_file, write_json
 from conversation.tokenizer import FUNCTION_GEMMA_IDS, check_control_tokens, load_tokenizer
 from conversation_config import CACHE, LORA_TARGETS, STAND_IN
 
@@ -304,7 +303,7 @@ def _held(path: Path) -> Iterator[None]:
 
 def main() -> int:
     """`python -m conversation.base_models MODEL_FOLDER NEW_FOLDER`: a copy of a model that has the control tokens."""
-    parser = argparse.ArgumentParser(prog="conversation.base_models", description=main.__doc__)
+    parser = CommandLine(main.__doc__, prog="conversation.base_models")
     parser.add_argument("model_folder", type=Path, help="a causal language model in safetensors")
     parser.add_argument("new_folder", type=Path, help="where the copy goes; must not exist")
     args = parser.parse_args()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 NOT_STARTED = 2  # bad flag, bad data, no model
 TRIED_AND_FAILED = 1  # a test failed, the loss was not finite
@@ -22,6 +23,17 @@ class UserError(Exception):
         super().__init__(message)
         self.hint = hint
         self.exit_status = exit_status
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A script's flags, explained by its docstring. A flag that is wrong is a UserError like any other mistake."""
+
+    def __init__(self, description: str | None = None, **options: Any):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"{self.prog} --help lists the flags")
 
 
 def list_problems(problems: list[str], shown: int = 20) -> str:

@@ -5,7 +5,6 @@ Training data is a folder of conversation trees, or a JSONL file with one object
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversation import strict_json
-from conversation.errors import UserError, list_problems, run_main
+from conversation.errors import CommandLine, UserError, list_problems, run_main
 from conversation.function_calls import Example, FormatError, parse_example
 from conversation.trees import read_trees
 
@@ -142,9 +141,9 @@ def length_summary(lengths: Sequence[int]) -> dict[str, float]:
 
 def main() -> int:
     """`python -m conversation.examples data/conversation_trees examples.jsonl`: build the JSONL, print counts."""
-    from conversation.runs import write_atomically
+    from conversation.files import write_atomically
 
-    parser = argparse.ArgumentParser(prog="conversation.examples", description=main.__doc__)
+    parser = CommandLine(main.__doc__, prog="conversation.examples")
     parser.add_argument("training_data", type=Path, help="folder of conversation trees, or JSONL file")
     parser.add_argument("output", type=Path, help="the JSONL file to write")
     parser.add_argument("--domains", default="", help="only these domains of the trees, separated by commas")

@@ -24,8 +24,9 @@ from transformers import GenerationConfig
 
 from conversation.base_models import load_model
 from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation.files import cannot_write, file_hashes, replace_folder, write_json
 from conversation.function_calls import END_OF_TURN, Prompt
-from conversation.runs import cannot_write, file_hashes, peak_memory_bytes, replace_folder, write_json
+from conversation.machine import peak_memory_bytes
 from conversation.tokenizer import encode_prompt, fingerprint, load_tokenizer
 from conversation_config import MAX_NEW_TOKENS
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from conversation.errors import UserError
-from conversation.runs import ATTEMPTS, RUN_NAME, RunFolder, read_json, write_atomically
+from conversation.files import read_json, write_atomically
+from conversation.runs import ATTEMPTS, RUN_NAME, RunFolder
 
 TRAINING_COLOUR, HELD_OUT_COLOUR = "#1f77b4", "#d95f02"
 

@@ -55,6 +55,13 @@ TILE_TOKENS = 256
 # The head's block of logits [label tokens, vocabulary entries]: small, for a CPU's caches; larger, to fill a GPU.
 CPU_HEAD_BLOCK_BYTES, GPU_HEAD_BLOCK_BYTES = 8 * 2**20, 64 * 2**20
 HEAD_BLOCK_ROWS = 4096
+# A row takes no part in the gradient of a block of the vocabulary that holds less of its probability than this, in
+# units of the type's rounding error.
+NEGLIGIBLE_ROUNDINGS = 1 / 16
+# Above this share of rows that take part, all do: gathering them would cost more than it saves.
+MOST_ROWS = 0.8
+# Exponentials are taken of logits minus a shift that is raised when one would exceed e^this: well within FP32's range.
+LARGEST_EXPONENT = 30
 # The share of the free memory that the tensors kept for the backward pass may take; the rest is for passing ones.
 MEMORY_SHARE = 0.6
 
@@ -330,7 +337,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     Its gradient for a row is (the row's weights summed) x softmax(logits) @ head - sum of weight x head[label]. The
     first term is an attention over the vocabulary with the head as keys and values, and is computed like one: block by
-    block, rescaling what was summed whenever the running maximum grows.
+    block, rescaling what was summed when a logit is much larger than those before.
+
+    A model that has learnt the form is sure of most tokens, and almost all of its probability lies in few blocks. The
+    product with the other blocks, half of the head's work, is left out for a row that has no more than
+    NEGLIGIBLE_ROUNDINGS roundings of its probability there; the normaliser always counts all. So a row's gradient
+    misses at most that share of probability per block: in FP32 with 200 blocks 1.5e-6 of it, were every one at the
+    bound.
     """
 
     @staticmethod
@@ -349,10 +362,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
         needs_gradient = ctx.needs_input_grad[0]
         log_normaliser = hidden.new_empty(len(hidden))
+        largest_label = log_normaliser.new_full(log_normaliser.shape, float("-inf"))
+        largest_label.scatter_reduce_(0, rows, label_logits, "amax")
         mean_head = torch.empty_like(hidden) if needs_gradient else None
         for start in range(0, len(hidden), HEAD_BLOCK_ROWS):
             block = slice(start, start + HEAD_BLOCK_ROWS)
-            log_normaliser[block], mean = _softmax_over_vocabulary(hidden[block], head, softcap, needs_gradient)
+            log_normaliser[block], mean = _softmax_over_vocabulary(
+                hidden[block], head, softcap, largest_label[block], needs_gradient
+            )
             if needs_gradient:
                 mean_head[block] = mean
         loss = (weights * (log_normaliser[rows] - label_logits)).sum()
@@ -371,28 +388,41 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_over_vocabulary(
-    hidden: Tensor, head: Tensor, softcap: float | None, with_mean: bool
+    hidden: Tensor, head: Tensor, softcap: float | None, label_logits: Tensor, with_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """logsumexp of each row's logits [rows] and, if asked for, the gradient of it [rows, width]."""
+    """logsumexp of each row's logits [rows] and, if asked for, the gradient of it [rows, width].
+
+    `label_logits` [rows]: one of each row's logits, from which its sum of exponentials is at least known to be 1.
+    """
     block_bytes = CPU_HEAD_BLOCK_BYTES if hidden.device.type == "cpu" else GPU_HEAD_BLOCK_BYTES
     block_size = max(1, block_bytes // (len(hidden) * hidden.element_size()))
-    maximum = hidden.new_full((len(hidden), 1), float("-inf"))
-    total = torch.zeros_like(maximum)
+    negligible = NEGLIGIBLE_ROUNDINGS * torch.finfo(hidden.dtype).eps
+    shift = label_logits[:, None].clone()
+    least, total = torch.ones_like(shift), torch.zeros_like(shift)  # what the sum comes to at least, and up to here
     mean = torch.zeros_like(hidden) if with_mean else None
     for head_block in head.split(block_size):
         logits = hidden @ head_block.T
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
-        new_maximum = torch.maximum(maximum, logits.amax(-1, keepdim=True))
-        shrink = (maximum - new_maximum).exp_()
+        maximum = logits.amax(-1, keepdim=True)
+        if (maximum - shift).max() > LARGEST_EXPONENT:
+            higher = torch.maximum(maximum, shift)
+            shrink = (shift - higher).exp_()
+            shift, least, total = higher, least * shrink, total * shrink
+            if with_mean:
+                mean.mul_(shrink)
         slopes = None if softcap is None or not with_mean else 1 - (logits / softcap) ** 2
-        exponentials = logits.sub_(new_maximum).exp_()
-        total.mul_(shrink).add_(exponentials.sum(-1, keepdim=True))
+        exponentials = logits.sub_(shift).exp_()
+        sums = exponentials.sum(-1, keepdim=True)
+        total.add_(sums)
         if with_mean:
+            counted = (sums > negligible * torch.maximum(least, total)).squeeze(-1).nonzero().squeeze(-1)
             weights = exponentials if slopes is None else exponentials.mul_(slopes)
-            mean.mul_(shrink).addmm_(weights, head_block)
-        maximum = new_maximum
-    return (maximum + total.log()).squeeze(-1), None if mean is None else mean.div_(total)
+            if len(counted) > MOST_ROWS * len(hidden):
+                mean.addmm_(weights, head_block)
+            elif len(counted):
+                mean.index_add_(0, counted, weights[counted] @ head_block)
+    return (shift + total.log()).squeeze(-1), None if mean is None else mean.div_(total)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

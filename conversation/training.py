@@ -25,25 +25,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from conversation.adapters import add_adapters
 from conversation.errors import TRIED_AND_FAILED, UserError
-from conversation.runs import (
-    RunFolder,
+from conversation.files import (
     cannot_write,
     differing_file,
     file_hashes,
-    peak_memory_bytes,
     read_json,
     replace_folder,
     write_atomically,
     write_json,
 )
+from conversation.machine import peak_memory_bytes
+from conversation.runs import RunFolder
 from conversation.shared_prefix import (
     TokenBudget,
     TokenSequence,
@@ -55,7 +56,7 @@ from conversation.shared_prefix import (
     use_shared_prefix_attention,
 )
 from conversation.tokenizer import EncodedExample
-from conversation_config import LORA_TARGETS, TrainingConfig
+from conversation_config import TrainingConfig
 
 KEPT_CHECKPOINTS = 3
 CHECKPOINT_HASHES = "hashes.json"
@@ -99,20 +100,6 @@ def token_sequence(encoded: EncodedExample, loss_on: str) -> TokenSequence:
     return TokenSequence(encoded.ids, tuple(i >= first_label for i in range(len(encoded.ids))))
 
 
-def add_adapters(model: torch.nn.Module, config: TrainingConfig) -> PeftModel:
-    """The model with fresh LoRA adapters on every projection; everything else is frozen."""
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=list(LORA_TARGETS),
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
 def trainable(base: PreTrainedModel, config: TrainingConfig) -> PeftModel:
     """The model with adapters, ready for the shared-prefix step. Raises UserError when it does not allow that."""
     set_seed(config.seed)
@@ -137,10 +124,10 @@ def train(
     explodes, or when the disk is full.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
-    progress, explosion = _Progress(run), _Explosion()
+    progress, saving, explosion = _Progress(run), _Checkpoints(), _Explosion()
     try:
-        trainer = ConversationTrainer(model, data, config, run, callbacks=[progress, _Checkpoints(), explosion])
-        progress.trainer = explosion.trainer = trainer
+        trainer = ConversationTrainer(model, data, config, run, callbacks=[progress, saving, explosion])
+        progress.trainer = saving.trainer = explosion.trainer = trainer
         with _signals_heeded(progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -445,13 +432,14 @@ class _Progress(TrainerCallback):
 class _Checkpoints(TrainerCallback):
     """Writes the hashes of a checkpoint's files when it is complete; only then are older ones dropped."""
 
+    trainer: ConversationTrainer | None = None
+
     def on_save(self, args, state, control, model, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
                 shutil.rmtree(folder)
-                problem = f"the adapters after step {state.global_step} are not finite"
-                raise UserError(problem, "lower --learning_rate", TRIED_AND_FAILED)
+                raise self.trainer.bad_numbers(f"the adapters after step {state.global_step} are not finite")
             try:
                 write_json(folder / CHECKPOINT_HASHES, file_hashes(folder))
             except UserError:

@@ -1,9 +1,14 @@
 # Sourced by the scripts that need an environment:
 #   prepare_environment FILE...   makes .venv from the first requirements file (anew when that file changes), adds the
-#                                 others, and prints its python; within a second when all is there already.
+#                                 others, and prints its python; within a second when all is there already. A second
+#                                 caller waits until the first has finished.
 
 prepare_environment() {
     local venv="${VIRTUAL_ENV_DIR:-$PWD/.venv}" base file wanted stamp
+    if command -v flock >/dev/null; then
+        exec 8>"$venv.lock"
+        flock -n 8 || { echo "Another process is making $venv: waiting for it ..." >&2; flock 8; }
+    fi
     if [ "$(cat "$venv/$1.cksum" 2>/dev/null)" != "$(cksum <"$1")" ]; then
         base=$(command -v python3.11 || command -v python3) || { echo "error: there is no python3" >&2; return 2; }
         if ! "$base" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -25,5 +30,6 @@ prepare_environment() {
         fi
         echo "$wanted" >"$stamp"
     done
+    exec 8>&- # the lock is free again
     echo "$venv/bin/python"
 }

@@ -28,7 +28,8 @@ import pytest
 from conftest import LEARNS, PROJECT, easy_lines, make_home
 
 from conversation.examples import to_jsonl
-from conversation.runs import RunFolder, sha256_file
+from conversation.files import sha256_file
+from conversation.runs import RunFolder
 
 PRELOADED = ["torch", "peft", "accelerate", "transformers", "transformers.models.gemma3.modeling_gemma3"]
 PRELOADED += ["conversation.training", "conversation.merging", "conversation.reporting", "matplotlib.figure"]
@@ -188,6 +189,11 @@ def no_file_larger_than(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def no_room_on_any_disk() -> None:
+    """Every disk says that it has 1,000 bytes left."""
+    shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 1000)
+
+
 def die_at(number: int, *names: str) -> None:
     """SIGKILL just before the given call (counted over all of them) of functions of `os` and `shutil`."""
     count = 0
@@ -318,7 +324,7 @@ def published(home: Path) -> list[Path]:
     """The published runs: each is whole and passed its tests."""
     found = sorted((home / "training-runs" / "conversation").glob("20*"))
     for path in found:
-        from conversation.runs import broken_result
+        from conversation.publishing import broken_result
 
         run = RunFolder(path)
         record = run.read()

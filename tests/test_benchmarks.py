@@ -51,7 +51,7 @@ def test_a_way_that_runs_out_of_memory_is_a_row_and_not_the_end():
 
 
 def test_a_worker_that_dies_is_reported(tmp_path):
-    job = training_step.Job(tmp_path / "no model", [[]], None, tmp_path / "ours")
+    job = training_step.Job(tmp_path / "no model", [[]], None, None, tmp_path / "ours")
     worker = training_step.Worker("ours", job)
     assert not worker.wait()
     assert worker.result()["error"] == "ended with status 1"

@@ -1,10 +1,12 @@
 """The command line: help at once, every flag with its default, one clear error for what a user can cause."""
 
+import json
 import time
 
 import pytest
-from conftest import run_script
+from conftest import easy_lines, run_script
 
+from conversation.examples import to_jsonl
 from conversation_config import DEMO_RECIPE, TrainingConfig
 
 SCRIPTS = ("train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py")
@@ -38,7 +40,8 @@ def test_the_demo_recipe_names_real_settings():
         (["--learning_rate", "abc"], "invalid float value"),
         (["--held_out_share", "1.5"], "--held_out_share must be at least 0"),
         (["--max_steps", "0"], "--max_steps must be at least 1"),
-        (["--no_such_flag"], "unrecognized arguments"),
+        (["--no_such_flag"], "error: unrecognized arguments: --no_such_flag\nhint: train_conversation.py --help"),
+        (["--json"], "--json goes with --check_data"),
         (["--fp16"], "FP16 is refused"),
         (["--bf16"], "BF16 is refused"),
         (["--training_data", "absent.jsonl"], "no training data at"),
@@ -60,3 +63,16 @@ def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
     done = run_script(script, "--run_dir", tmp_path)
     assert done.returncode == 2 and "is not a run folder" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_are_meant_from_the_folder_one_is_in(tmp_path, tiny_folder):
+    (tmp_path / "mine.jsonl").write_bytes(to_jsonl(easy_lines()[:12]))
+    (tmp_path / "base").symlink_to(tiny_folder)
+    here = ["--training_data", "mine.jsonl", "--base_model", "base"]
+    done = run_script("train_conversation.py", "--check_data", "--json", *here, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 12
+    trained = run_script("train_conversation.py", *here, "--max_steps", "1", "--run_dir", "run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    merged = run_script("merge_conversation_model.py", "--run_dir", tmp_path / "run", cwd="/")
+    assert merged.returncode == 0, merged.stderr  # from elsewhere, where "base" means nothing

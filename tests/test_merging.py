@@ -9,10 +9,10 @@ from conftest import easy_lines, run_script
 from safetensors.torch import load_file, save_file
 
 from conversation import merging
+from conversation.adapters import add_adapters
 from conversation.base_models import load_model
 from conversation.errors import UserError
 from conversation.function_calls import Prompt
-from conversation.training import add_adapters
 from conversation_config import TrainingConfig
 
 PROMPTS = [example.prompt for example in easy_lines()[:3]]

@@ -59,9 +59,11 @@ def test_a_checkpoint_with_adapters_that_are_not_finite_does_not_stay(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     state = SimpleNamespace(is_world_process_zero=True, global_step=5)
     arguments = SimpleNamespace(output_dir=str(tmp_path))
-    _Checkpoints().on_save(arguments, state, None, model)
+    saving = _Checkpoints()
+    saving.trainer = SimpleNamespace(bad_numbers=lambda problem: UserError(f"{problem}; the examples"))
+    saving.on_save(arguments, state, None, model)
     assert (tmp_path / "checkpoint-5" / "hashes.json").exists()
     model.weight.data[0, 0] = float("inf")
-    with pytest.raises(UserError, match="the adapters after step 5 are not finite"):
-        _Checkpoints().on_save(arguments, state, None, model)
+    with pytest.raises(UserError, match="the adapters after step 5 are not finite; the examples"):
+        saving.on_save(arguments, state, None, model)
     assert not (tmp_path / "checkpoint-5").exists()

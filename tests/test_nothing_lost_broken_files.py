@@ -8,7 +8,9 @@ from faults import FILE_FAULTS, adapters, easy_data, finished, flags, flip_bit, 
 
 from conversation import merging
 from conversation.errors import UserError
-from conversation.runs import RunFolder, broken_result, file_hashes
+from conversation.files import file_hashes
+from conversation.publishing import broken_result
+from conversation.runs import RunFolder
 from conversation.training import newest_intact_checkpoint
 
 __all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures

@@ -6,7 +6,7 @@ import sys
 import pytest
 from faults import easy_data, finished, flags, start, trained, untouched
 
-from conversation import runs
+from conversation import console, files, publishing
 from conversation.errors import UserError
 from conversation.runs import RunFolder
 
@@ -37,7 +37,7 @@ def test_a_defect_of_ours_leaves_its_traceback_in_the_log(trained, tmp_path):
     run = RunFolder(trained)
     record = run.read()
     del record["tokenizer"]
-    runs.write_json(run.run_json, record)
+    files.write_json(run.run_json, record)
     running = start("test_conversation_model.py", "--run_dir", trained, output=tmp_path / "out")
     assert running.finish() == 1 and "Traceback" in running.output
     log = run.console_log.read_text()
@@ -56,28 +56,46 @@ class Broken:
 def test_a_closed_terminal_does_not_stop_the_work(tmp_path, monkeypatch):
     run = RunFolder(tmp_path)
     monkeypatch.setattr(sys, "stdout", Broken())
-    with runs.console_kept(run):
+    with console.console_kept(run):
         print("a line", flush=True)
     assert run.console_log.read_text().endswith("a line\n")
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_work_or_hide_its_error(capsys):
-    log = runs._Log(Broken())
+    log = console._Log(Broken())
     log.line("lost")
-    runs._Tee(sys.stdout, log).write("shown\n")
+    console._Tee(sys.stdout, log).write("shown\n")
     assert capsys.readouterr().out == "shown\n"
 
 
 def test_what_is_no_utf8_is_logged_escaped(tmp_path):
     run = RunFolder(tmp_path)
-    with pytest.raises(UserError), runs.console_kept(run):
+    with pytest.raises(UserError), console.console_kept(run):
         raise UserError("bad name \udcff", "x")
     assert "error: bad name \\udcff" in run.console_log.read_text()
 
 
 def test_an_interruption_is_logged(tmp_path):
     run = RunFolder(tmp_path)
-    with pytest.raises(KeyboardInterrupt), runs.console_kept(run):
+    with pytest.raises(KeyboardInterrupt), console.console_kept(run):
         raise KeyboardInterrupt
     last = run.console_log.read_text().splitlines()[-2:]
     assert "error: stopped by SIGINT" in last[0] and "--resume" in last[1]
+
+
+def test_an_attempt_keeps_the_error_that_ended_it_before_its_first_step(tmp_path, flags):
+    run = RunFolder(publishing.begin_attempt(tmp_path, []))
+    status, output = finished(
+        "train_conversation.py", *flags, "--max_length", "9", "--run_dir", run.path, output=tmp_path / "out"
+    )
+    log = run.console_log.read_text()
+    assert status == 2 and "are longer than 9 tokens" in output
+    assert "$ train_conversation.py" in log and "are longer than 9 tokens" in log and "hint: nothing is cut" in log
+
+
+def test_a_refusal_to_publish_is_in_the_log(tmp_path):
+    run = RunFolder(publishing.begin_attempt(tmp_path, []))
+    run.update(started="2026-11-22", structural_tests={"passed": False})
+    with pytest.raises(UserError, match="has not passed its tests"):
+        publishing.publish(run, tmp_path, "")
+    assert "has not passed its tests: not published" in run.console_log.read_text()

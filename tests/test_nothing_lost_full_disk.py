@@ -18,7 +18,7 @@ from faults import (
     without_the_right_to_write_anywhere,
 )
 
-from conversation import base_models, runs
+from conversation import base_models, files, publishing, runs
 from conversation.errors import UserError
 from conversation.runs import RunFolder
 from conversation.training import newest_intact_checkpoint
@@ -63,12 +63,12 @@ def test_a_disk_that_fills_up_in_the_training_costs_nothing_but_the_time_since_t
 @pytest.mark.parametrize("share", [0.05, 0.6, 0.97])
 def test_a_disk_that_fills_up_in_the_merge_leaves_the_old_model_or_none(trained, tmp_path, share):
     run = RunFolder(trained)
-    before = runs.file_hashes(run.merged_model)
+    before = files.file_hashes(run.merged_model)
     size = (run.merged_model / "model.safetensors").stat().st_size
     faults = (("no_file_larger_than", int(share * size)),)
     status, output = finished(MERGE, "--run_dir", run.path, output=tmp_path / "out", faults=faults)
     assert status == 1 and "error: cannot write " in output, output
-    assert runs.file_hashes(run.merged_model) == before and not leftovers(run.path)
+    assert files.file_hashes(run.merged_model) == before and not leftovers(run.path)
 
 
 def test_room_is_checked_beforehand_and_how_much_is_missing_is_said(tmp_path, flags, trained, monkeypatch):
@@ -79,7 +79,7 @@ def test_room_is_checked_beforehand_and_how_much_is_missing_is_said(tmp_path, fl
             assert os.listdir(disk.folder) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 1000))
     with pytest.raises(UserError, match="needs") as caught:
-        runs.check_room(tmp_path, 5_000_000, "training")
+        files.check_room(tmp_path, 5_000_000, "training")
     assert "5.0 MB" in str(caught.value) and "free 5.0 MB there" in caught.value.hint
 
 
@@ -98,10 +98,10 @@ def test_a_read_only_folder_is_said_plainly(tmp_path, what):
     run.path.mkdir()
     run.update(started="2026")
     work = {
-        "an atomic write": lambda: runs.write_atomically(run.path / "file", b"x"),
+        "an atomic write": lambda: files.write_atomically(run.path / "file", b"x"),
         "run.json": lambda: run.update(started="2027"),
         "the lock": lambda: runs.hold(run.path).__enter__(),
-        "an attempt": lambda: runs.begin_attempt(run.path),
+        "an attempt": lambda: publishing.begin_attempt(run.path),
     }[what]
     run.path.chmod(0o555)
     reader, writer = os.pipe()
@@ -143,3 +143,18 @@ def test_a_read_only_disk_is_said_plainly(tmp_path, flags):
             TRAIN, "--run_dir", tmp_path / "disk" / "run", *flags, output=tmp_path / "out", faults=faults
         )
         assert status == 2 and words in output and "--run_dir" in output
+
+
+def test_checking_the_data_says_when_the_disk_has_no_room_for_the_run(tmp_path, flags):
+    full = (("no_room_on_any_disk",),)
+    status, output = finished(TRAIN, "--check_data", *flags, output=tmp_path / "out", faults=full)
+    assert status == 2 and "training and the merged model after it needs" in output and "hint: free " in output
+
+
+def test_what_the_next_retrain_cleans_counts_as_room(tmp_path):
+    attempt = publishing.begin_attempt(tmp_path)
+    before = publishing.bytes_of_attempts(tmp_path)
+    (attempt / "weights").write_bytes(bytes(1000))
+    (tmp_path / "2026-11-22").mkdir()
+    (tmp_path / "2026-11-22" / "weights").write_bytes(bytes(1000))  # published: it stays
+    assert publishing.bytes_of_attempts(tmp_path) == before + 1000

@@ -8,7 +8,8 @@ from conftest import easy_lines
 from faults import easy_data, finished, flags, flip_bit, trained, untouched
 
 from conversation.examples import to_jsonl
-from conversation.runs import RunFolder, file_hashes
+from conversation.files import file_hashes
+from conversation.runs import RunFolder
 
 __all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
 TRAIN, MERGE = "train_conversation.py", "merge_conversation_model.py"

@@ -9,11 +9,11 @@ import threading
 import time
 
 import pytest
-from conftest import LEARNS
+from conftest import LEARNS, PROJECT
 from faults import Retrain, die_at, home_with_base, published
 from test_runs import finished_attempt
 
-from conversation import reporting, runs
+from conversation import files, publishing, reporting, runs
 from conversation.errors import UserError
 from conversation.runs import RunFolder
 
@@ -37,7 +37,7 @@ def killed_at(number: int, work) -> bool:
 @pytest.fixture(autouse=True)
 def quick_reports(monkeypatch):
     """The report's text and curve are tested elsewhere."""
-    monkeypatch.setattr(reporting, "draw_loss_curve", lambda *arguments: runs.write_atomically(arguments[2], b"png"))
+    monkeypatch.setattr(reporting, "draw_loss_curve", lambda *arguments: files.write_atomically(arguments[2], b"png"))
 
 
 def is_whole(path) -> bool:
@@ -48,19 +48,19 @@ def test_publishing_killed_before_any_change_on_disk_shows_the_old_run_or_the_ne
     number, kills = 1, 0
     while True:
         root = tmp_path / str(number)
-        old = runs.publish(finished_attempt(root), root, "")
+        old = publishing.publish(finished_attempt(root), root, "")
         attempt = finished_attempt(root)
-        killed = killed_at(number, lambda attempt=attempt, root=root: runs.publish(attempt, root, "./RETRAIN.sh"))
+        killed = killed_at(number, lambda attempt=attempt, root=root: publishing.publish(attempt, root, "./RETRAIN.sh"))
         latest = (root / "latest").resolve()
         assert is_whole(latest) and is_whole(old)
         new = root / f"{old.name}-2"
         assert not new.exists() or is_whole(new)
-        runs.finish_publishing(root)  # what the next retrain does first
-        if left := runs.newest_attempt(root):
+        publishing.finish_publishing(root)  # what the next retrain does first
+        if left := publishing.newest_attempt(root):
             assert (root / "latest").resolve() == old.resolve()
-            runs.publish(RunFolder(left), root, "./RETRAIN.sh")
+            publishing.publish(RunFolder(left), root, "./RETRAIN.sh")
         assert (root / "latest").resolve() == new.resolve() and is_whole(new)
-        assert not [path for path in new.rglob("*.part")] and not (root / "attempts" / runs.PUBLISHING).exists()
+        assert not [path for path in new.rglob("*.part")] and not (root / "attempts" / publishing.PUBLISHING).exists()
         if not killed:
             break
         number, kills = number + 1, kills + 1
@@ -72,11 +72,11 @@ def test_beginning_an_attempt_killed_at_any_change_leaves_whole_attempts_and_is_
     while True:
         root = tmp_path / str(number)
         finished_attempt(root, passed=False)
-        killed = killed_at(number, lambda root=root: runs.begin_attempt(root, ["--demo"]))
-        if left := runs.newest_attempt(root):
+        killed = killed_at(number, lambda root=root: publishing.begin_attempt(root, ["--demo"]))
+        if left := publishing.newest_attempt(root):
             assert (left / "retrain_flags.json").exists()
             assert not (left / "run.json").exists() or RunFolder(left).read()["started"]
-        fresh = runs.begin_attempt(root, ["--demo"])
+        fresh = publishing.begin_attempt(root, ["--demo"])
         assert [path.name for path in (root / "attempts").iterdir() if path.is_dir()] == [fresh.name]
         if not killed:
             break
@@ -93,7 +93,7 @@ def test_a_new_attempt_cleans_attempts_and_nothing_else(tmp_path):
     outside.mkdir()
     link = tmp_path / "attempts" / "2026-01-01_00-00-00"
     link.symlink_to(outside)
-    fresh = runs.begin_attempt(tmp_path)
+    fresh = publishing.begin_attempt(tmp_path)
     assert all(folder.exists() for folder in [*mine, outside, link])
     assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == [link.name, fresh.name, "notes"]
 
@@ -101,26 +101,26 @@ def test_a_new_attempt_cleans_attempts_and_nothing_else(tmp_path):
 def test_an_attempt_in_use_is_not_cleaned(tmp_path):
     attempt = finished_attempt(tmp_path, passed=False)
     with runs.hold(attempt.path), pytest.raises(UserError, match="in use by process"):
-        runs.begin_attempt(tmp_path)
+        publishing.begin_attempt(tmp_path)
     assert attempt.run_json.exists()
 
 
 @pytest.mark.parametrize("broken", ["structural_tests.json", "metrics.jsonl"])
 def test_a_run_with_a_broken_result_is_not_published(tmp_path, broken):
-    old = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    old = publishing.publish(finished_attempt(tmp_path), tmp_path, "")
     attempt = finished_attempt(tmp_path)
     attempt.metrics.write_text("")
-    files = {path.name: runs.sha256_file(path) for path in (attempt.structural_tests, attempt.metrics)}
-    attempt.update(structural_tests={**attempt.read()["structural_tests"], "files": files})
+    hashes = {path.name: files.sha256_file(path) for path in (attempt.structural_tests, attempt.metrics)}
+    attempt.update(structural_tests={**attempt.read()["structural_tests"], "files": hashes})
     (attempt.path / broken).write_bytes(b"{}")
     with pytest.raises(UserError, match=rf"not published: .*{broken} is broken") as caught:
-        runs.publish(attempt, tmp_path, "")
+        publishing.publish(attempt, tmp_path, "")
     assert caught.value.exit_status == 1 and "--resume" in caught.value.hint
     assert (tmp_path / "latest").resolve() == old.resolve() and attempt.path.exists()
 
 
 def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
-    final, part, files = tmp_path / "model", tmp_path / ".model.part", 10
+    final, part, count = tmp_path / "model", tmp_path / ".model.part", 10
     stop, halves, seen = threading.Event(), [], 0
 
     def read():
@@ -135,7 +135,7 @@ def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
             same = os.path.exists(final) and os.path.samestat(os.fstat(descriptor), os.stat(final))
             os.close(descriptor)
             seen += 1
-            if same and len(names) != files:
+            if same and len(names) != count:
                 halves.append(names)
 
     reader = threading.Thread(target=read)
@@ -143,9 +143,9 @@ def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
     try:
         for _ in range(40):
             part.mkdir()
-            for i in range(files):
+            for i in range(count):
                 (part / str(i)).write_bytes(b"x")
-            runs.replace_folder(part, final)
+            files.replace_folder(part, final)
     finally:
         stop.set()
         reader.join()
@@ -172,7 +172,7 @@ def test_a_retrain_that_fails_at_any_stage_leaves_what_was_published_and_keeps_t
     data = ["--base_model", "base", "--training_data", "easy.jsonl"]
     assert Retrain(home, *data, *LEARNS).finish() == 0
     (run,) = published(home)
-    before = runs.file_hashes(run), os.readlink(root / "latest")
+    before = files.file_hashes(run), os.readlink(root / "latest")
     spoiled = ("conversation/training.py", "merge_conversation_model.py")
     scripts = {name: (home / name).read_text() for name in spoiled}
     faults = {
@@ -186,7 +186,7 @@ def test_a_retrain_that_fails_at_any_stage_leaves_what_was_published_and_keeps_t
         assert status == 1, retrain.output
         for name, text in scripts.items():
             (home / name).write_text(text)
-        assert (runs.file_hashes(run), os.readlink(root / "latest")) == before
+        assert (files.file_hashes(run), os.readlink(root / "latest")) == before
         (attempt,) = (root / "attempts").glob("20*")  # the one before was cleaned
         log = (attempt / "console.log").read_text().splitlines()
         assert stage in log[-1] and "ended with status 1" in log[-1] and len(log) > 3
@@ -195,17 +195,17 @@ def test_a_retrain_that_fails_at_any_stage_leaves_what_was_published_and_keeps_t
 
 @pytest.mark.parametrize("flags", [["--run_dir", "x"], ["--check_data"], ["--json"]])
 def test_retrain_refuses_flags_that_would_lead_its_stages_elsewhere(tmp_path, flags):
-    done = subprocess.run(["./RETRAIN.sh", *flags], cwd=runs.PROJECT, capture_output=True, text=True)
+    done = subprocess.run(["./RETRAIN.sh", *flags], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 2 and "is not for RETRAIN.sh" in done.stderr
     short = [sys.executable, "train_conversation.py", flags[0][:-2], *flags[1:]]
-    assert "unrecognized arguments" in subprocess.run(short, cwd=runs.PROJECT, capture_output=True, text=True).stderr
+    assert "unrecognized arguments" in subprocess.run(short, cwd=PROJECT, capture_output=True, text=True).stderr
 
 
 def test_a_broken_record_of_a_published_run_does_not_keep_the_next_one_from_being_published(tmp_path):
-    old = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    old = publishing.publish(finished_attempt(tmp_path), tmp_path, "")
     record = RunFolder(old).run_json
     record.write_text(record.read_text().replace('"c"', '"d"'))
-    new = runs.publish(finished_attempt(tmp_path), tmp_path, "./RETRAIN.sh")
+    new = publishing.publish(finished_attempt(tmp_path), tmp_path, "./RETRAIN.sh")
     assert (tmp_path / "latest").resolve() == new.resolve() and is_whole(new)
 
 
@@ -216,7 +216,7 @@ def test_a_folder_replaced_is_the_old_or_the_new_one_wherever_the_kill_falls(tmp
         for name, content in (("model", "old"), (".model.part", "new")):
             (folder / name).mkdir(parents=True)
             (folder / name / "weights").write_text(content)
-        work = functools.partial(runs.replace_folder, folder / ".model.part", folder / "model")
+        work = functools.partial(files.replace_folder, folder / ".model.part", folder / "model")
         killed = killed_at(number, work)
         with runs.hold(folder):  # whoever works here next
             assert (folder / "model" / "weights").read_text() in ("old", "new")
@@ -229,13 +229,13 @@ def test_a_folder_replaced_is_the_old_or_the_new_one_wherever_the_kill_falls(tmp
 
 
 def test_what_is_published_is_not_changed_by_a_script_run_by_hand(tmp_path):
-    run = runs.publish(finished_attempt(tmp_path), tmp_path, "")
-    before = runs.file_hashes(run)
+    run = publishing.publish(finished_attempt(tmp_path), tmp_path, "")
+    before = files.file_hashes(run)
     for script, flags in (("train_conversation.py", ["--resume"]), ("merge_conversation_model.py", [])):
         command = [sys.executable, script, "--run_dir", str(run), *flags]
-        done = subprocess.run(command, cwd=runs.PROJECT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         assert done.returncode == 2 and "is published: it is not changed any more" in done.stderr, done.stderr
-    kept = {name: digest for name, digest in runs.file_hashes(run).items() if name not in ("console.log", ".lock")}
+    kept = {name: digest for name, digest in files.file_hashes(run).items() if name not in ("console.log", ".lock")}
     assert kept == {name: digest for name, digest in before.items() if name not in ("console.log", ".lock")}
 
 
@@ -246,11 +246,11 @@ def test_the_example_in_the_repository_is_nobodys_newest_run(tmp_path):
 
 
 def test_flags_given_to_a_resumed_retrain_are_kept_and_broken_ones_are_named(tmp_path):
-    attempt = runs.begin_attempt(tmp_path, ["--max_steps", "200"])
+    attempt = publishing.begin_attempt(tmp_path, ["--max_steps", "200"])
 
     def bookkeeping(*arguments):
-        command = [sys.executable, "-m", "conversation.runs", "--root", str(tmp_path), *arguments]
-        return subprocess.run(command, cwd=runs.PROJECT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "conversation.publishing", "--root", str(tmp_path), *arguments]
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
 
     assert bookkeeping("add-flags", str(attempt), "--", "--max_steps", "300").returncode == 0
     assert bookkeeping("flags", str(attempt)).stdout == "\0".join(["--max_steps", "200", "--max_steps", "300", ""])

@@ -22,7 +22,7 @@ from faults import (
 )
 
 from conversation import runs
-from conversation.runs import file_hashes
+from conversation.files import file_hashes
 
 __all__ = ["easy_data", "flags", "trained", "untouched"]  # fixtures
 SINCE = r"since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"

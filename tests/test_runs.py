@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from conversation import runs
+from conversation import console, files, publishing, runs
 from conversation.errors import UserError
 from conversation.runs import RunFolder
 
 
 def finished_attempt(root, passed=True) -> RunFolder:
-    run = RunFolder(runs.begin_attempt(root))
+    run = RunFolder(publishing.begin_attempt(root))
     config = {"base_model": "m", "loss_on": "completion"}
     run.update(
         started="2026-01-02T03:04:05+00:00",
@@ -31,20 +31,20 @@ def finished_attempt(root, passed=True) -> RunFolder:
         machine={},
         versions={},
     )
-    runs.write_json(run.structural_tests, {"passed": passed, "passed_tests": 3, "tests": [], "held_out": []})
+    files.write_json(run.structural_tests, {"passed": passed, "passed_tests": 3, "tests": [], "held_out": []})
     return run
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_leftover(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    runs.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def no_room(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(UserError, match="No space left") as caught:
-        runs.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert caught.value.exit_status == 1 and "free there" in caught.value.hint
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
@@ -60,12 +60,12 @@ def test_a_broken_record_is_named(tmp_path, content):
 def test_a_changed_missing_or_truncated_file_is_found(tmp_path):
     (tmp_path / "a").write_bytes(b"a" * 1000)
     (tmp_path / "b").write_bytes(b"b")
-    recorded = runs.file_hashes(tmp_path)
-    assert runs.differing_file(tmp_path, recorded) is None
+    recorded = files.file_hashes(tmp_path)
+    assert files.differing_file(tmp_path, recorded) is None
     (tmp_path / "a").write_bytes(b"a" * 999 + b"b")
-    assert "a is broken" in runs.differing_file(tmp_path, recorded)
+    assert "a is broken" in files.differing_file(tmp_path, recorded)
     (tmp_path / "a").unlink()
-    assert "a is missing" in runs.differing_file(tmp_path, recorded)
+    assert "a is missing" in files.differing_file(tmp_path, recorded)
 
 
 def test_a_second_run_of_a_day_gets_its_own_folder(tmp_path):
@@ -75,40 +75,40 @@ def test_a_second_run_of_a_day_gets_its_own_folder(tmp_path):
 
 
 def test_publishing_names_the_run_and_points_latest_at_it(tmp_path):
-    first = runs.publish(finished_attempt(tmp_path), tmp_path, "./RETRAIN.sh")
-    second = runs.publish(finished_attempt(tmp_path), tmp_path, "./RETRAIN.sh --demo")
+    first = publishing.publish(finished_attempt(tmp_path), tmp_path, "./RETRAIN.sh")
+    second = publishing.publish(finished_attempt(tmp_path), tmp_path, "./RETRAIN.sh --demo")
     assert (first.name, second.name) == ("2026-01-02", "2026-01-02-2")
     assert (tmp_path / "latest").resolve() == second.resolve()
     assert "./RETRAIN.sh --demo" in (second / "report.md").read_text()
 
 
 def test_a_run_that_failed_its_tests_is_not_published(tmp_path):
-    published = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    published = publishing.publish(finished_attempt(tmp_path), tmp_path, "")
     attempt = finished_attempt(tmp_path, passed=False)
     with pytest.raises(UserError, match="has not passed its tests"):
-        runs.publish(attempt, tmp_path, "")
+        publishing.publish(attempt, tmp_path, "")
     assert (tmp_path / "latest").resolve() == published.resolve()
     assert attempt.run_json.exists()
 
 
 def test_latest_is_mended_after_a_stop_between_naming_and_pointing_and_only_then(tmp_path):
-    runs.publish(finished_attempt(tmp_path), tmp_path, "")
-    second = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    publishing.publish(finished_attempt(tmp_path), tmp_path, "")
+    second = publishing.publish(finished_attempt(tmp_path), tmp_path, "")
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to("2026-01-02")
-    runs.finish_publishing(tmp_path)
+    publishing.finish_publishing(tmp_path)
     assert (tmp_path / "latest").resolve().name == "2026-01-02"  # somebody's choice
-    (tmp_path / "attempts" / runs.PUBLISHING).write_text(second.name)
-    runs.finish_publishing(tmp_path)
+    (tmp_path / "attempts" / publishing.PUBLISHING).write_text(second.name)
+    publishing.finish_publishing(tmp_path)
     assert (tmp_path / "latest").resolve() == second.resolve()
 
 
 def test_a_new_attempt_cleans_earlier_attempts_and_nothing_else(tmp_path):
-    published = runs.publish(finished_attempt(tmp_path), tmp_path, "")
+    published = publishing.publish(finished_attempt(tmp_path), tmp_path, "")
     (tmp_path / "by_hand").mkdir()
     leftover = finished_attempt(tmp_path, passed=False)
     os.rename(leftover.path, leftover.path.with_name("2020-01-01_00-00-00"))
-    attempt = runs.begin_attempt(tmp_path)
+    attempt = publishing.begin_attempt(tmp_path)
     assert [path.name for path in (tmp_path / "attempts").iterdir() if path.is_dir()] == [attempt.name]
     assert published.exists() and (tmp_path / "by_hand").exists()
 
@@ -133,7 +133,7 @@ def test_a_dead_holders_lock_is_taken_over(tmp_path):
 
 def test_the_console_is_kept_with_times_and_the_error(tmp_path, capsys):
     run = RunFolder(tmp_path)
-    with pytest.raises(UserError), runs.console_kept(run):
+    with pytest.raises(UserError), console.console_kept(run):
         print("a line")
         print("\r10 %\r50 %\r100 %")
         raise UserError("it broke", "mend it")
@@ -144,5 +144,5 @@ def test_the_console_is_kept_with_times_and_the_error(tmp_path, capsys):
 
 def test_too_little_room_is_said_with_how_much_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"needs 1000000\.00 GB") as caught:
-        runs.check_room(tmp_path / "not" / "made", 10**15, "training")
+        files.check_room(tmp_path / "not" / "made", 10**15, "training")
     assert caught.value.hint.startswith("free ")

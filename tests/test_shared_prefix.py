@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from conversation import shared_prefix
+from conversation.adapters import FusedLoraLinear, add_adapters, lora_config
 from conversation.base_models import load_model
 from conversation.shared_prefix import (
     TokenBudget,
@@ -36,6 +37,7 @@ from conversation.shared_prefix import (
     use_shared_prefix_attention,
 )
 from conversation.tokenizer import encode_example, load_tokenizer
+from conversation_config import TrainingConfig
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 61
@@ -77,9 +79,11 @@ ARCHITECTURES = {
 }
 
 
-def with_adapters(base, dropout=0.0):
+def with_adapters(base, dropout=0.0, fused=False):
     """LoRA on all projections, both factors random, so that every adapter has a gradient."""
     lora = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=PROJECTIONS, init_lora_weights=False)
+    if fused:
+        lora._register_custom_module({torch.nn.Linear: FusedLoraLinear})
     return get_peft_model(base, lora)
 
 
@@ -95,14 +99,15 @@ def in_float64(model):
 
 
 def make_pair(architecture="gemma3", dropout=0.0):
-    """(prepared for the shared-prefix step, untouched), with equal weights."""
+    """(prepared for training as we do it, untouched and with peft's own layers), with equal weights."""
     torch.manual_seed(0)
     base = ARCHITECTURES[architecture]()
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    shared = with_adapters(copy.deepcopy(base), dropout, fused=True)
     plain = with_adapters(base, dropout)
+    plain.load_state_dict(shared.state_dict())
     plain.get_base_model().set_attn_implementation("sdpa")
-    shared = copy.deepcopy(plain)
     use_shared_prefix_attention(shared)
     return in_float64(shared), in_float64(plain)
 
@@ -305,6 +310,39 @@ def test_no_tensor_of_tokens_times_vocabulary():
     assert largest.bytes <= 4 * tokens * SHAPE["intermediate_size"] < 4 * tokens * vocabulary / 50
 
 
+class CountRows(TorchDispatchMode):
+    """How many rows are multiplied with a block of the head to form the gradient."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.addmm_.default:
+            self.rows += len(args[1])
+        elif function is torch.ops.aten.index_add_.default:
+            self.rows += len(args[2])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("confidence", "least", "most"), [(0.5, 1.0, 1.0), (20.0, 0.05, 0.6), (60.0, 0.0, 0.1)])
+def test_a_row_sure_of_its_token_costs_less_and_its_gradient_is_the_same(confidence, least, most, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(4000, 16, generator=generator, dtype=torch.float64)
+    favourites = torch.randint(0, 4000, (40,), generator=generator)
+    hidden = confidence * head[favourites] / head[favourites].norm(dim=1, keepdim=True)
+    logits = hidden @ head.T
+    labels = torch.randint(0, 4000, (40, 1), generator=generator)  # unlikely ones, so that the shift must rise
+    arguments = (tensor.to(dtype) for tensor in (hidden, head))
+    with CountRows() as count:
+        log_normaliser, mean = shared_prefix._softmax_over_vocabulary(
+            *arguments, None, logits.gather(1, labels)[:, 0].to(dtype), True
+        )
+    torch.testing.assert_close(log_normaliser.double(), torch.logsumexp(logits, -1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mean.double(), logits.softmax(-1) @ head, rtol=tolerance, atol=tolerance)
+    blocks = -(-4000 // (9 * 20 * 8 // (40 * dtype.itemsize)))
+    assert least <= count.rows / (40 * blocks) <= most
+
+
 def test_a_step_that_runs_out_of_memory_starts_again_in_smaller_parts(monkeypatch):
     shared, _ = make_pair(dropout=0.3)
     shared.train()
@@ -465,15 +503,17 @@ def test_float32_on_the_stand_in(standin_folder, own_examples, cross_entropy, to
     tokenizer = load_tokenizer(standin_folder)
     examples = [encode_example(tokenizer, example) for example in random.Random(0).sample(own_examples, 8)]
     sequences = [sequence(example.ids, example.num_prompt_tokens) for example in examples]
-    model = get_peft_model(load_model(standin_folder), LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS))
+    plain = get_peft_model(load_model(standin_folder), lora_config(TrainingConfig(lora_dropout=0.0)))
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
+    for name, parameter in plain.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    model.get_base_model().set_attn_implementation("sdpa")
-    expected = plain_loss_and_gradients(model, sequences, cross_entropy)
-    use_shared_prefix_attention(model)
-    ours = shared_loss_and_gradients(model, sequences)
+    plain.get_base_model().set_attn_implementation("sdpa")
+    expected = plain_loss_and_gradients(plain, sequences, cross_entropy)
+    trained = add_adapters(load_model(standin_folder), TrainingConfig(lora_dropout=0.0))
+    trained.load_state_dict(plain.state_dict())
+    use_shared_prefix_attention(trained)
+    ours = shared_loss_and_gradients(trained, sequences)
     assert ours[0] == pytest.approx(expected[0], rel=tolerance)
     difference = sum((ours[1][name] - expected[1][name]).double().pow(2).sum() for name in ours[1]) ** 0.5
     norm = sum(gradient.double().pow(2).sum() for gradient in expected[1].values()) ** 0.5

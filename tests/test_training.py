@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import PROJECT, easy_lines, run_script
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from conversation.examples import to_jsonl
-from conversation.runs import RunFolder, sha256_file
+from conversation.files import sha256_file
+from conversation.runs import RunFolder
 from conversation.shared_prefix import TokenSequence
 from conversation.tokenizer import EncodedExample
 from conversation.training import OptimizerStepBatches, newest_intact_checkpoint, token_sequence
@@ -154,3 +157,16 @@ def test_check_data_prints_the_statistics_and_trains_nothing(tmp_path, tiny_fold
     assert counted["token_lengths"]["min"] <= counted["token_lengths"]["p95"] <= counted["token_lengths"]["max"]
     assert 0 < counted["label_token_share"] < 1 and counted["examples_changed_by_fix_mistral_regex"] == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_an_architecture_that_cannot_be_trained_is_refused_and_nothing_is_written(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "gpt2")
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=vocabulary)
+    (folder / "model.safetensors").unlink()
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    (tmp_path / "data.jsonl").write_bytes(to_jsonl(easy_lines()[:12]))
+    flags = ["--base_model", folder, "--training_data", tmp_path / "data.jsonl", "--run_dir", tmp_path / "run"]
+    done = run_script("train_conversation.py", *flags)
+    assert done.returncode == 2 and "a GPT2LMHeadModel cannot be trained here" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "run.json").exists()

@@ -1,0 +1,84 @@
+"""LoRA adapters whose layers cost what their matrix products cost.
+
+peft computes `base(x) + lora_B(lora_A(x)) * scaling` in three passes over an output that is far wider than the rank,
+and three more for the gradient. Here the product itself adds to the output (`addmm_`), forwards and backwards. The
+adapters are peft's in every other respect: names, files, merging, and the numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from conversation_config import LORA_TARGETS, TrainingConfig
+
+
+def lora_config(config: TrainingConfig) -> LoraConfig:
+    """Adapters on every projection, as the settings say."""
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapters(model: nn.Module, config: TrainingConfig) -> PeftModel:
+    """The model with fresh LoRA adapters; everything else is frozen."""
+    lora = lora_config(config)
+    lora._register_custom_module({nn.Linear: FusedLoraLinear})  # peft's way in for layers of one's own
+    return get_peft_model(model, lora)
+
+
+class FusedLoraLinear(Linear):
+    """peft's LoRA layer, computed by `_LowRankLinear` where one adapter is active on a frozen layer, else by peft."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in features] -> [..., out features]"""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        base = self.get_base_layer()
+        special = args or kwargs or self.disable_adapters or self.merged or self.lora_variant
+        if special or len(names) != 1 or self.lora_bias[names[0]] or base.weight.requires_grad:
+            return super().forward(x, *args, **kwargs)
+        (name,) = names
+        dropped = self.lora_dropout[name](x)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _LowRankLinear.apply(x, dropped, base.weight, base.bias, a, b, self.scaling[name])
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """x weightᵀ + bias + scaling (dropped aᵀ) bᵀ; `dropped` is x, or x after dropout."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        """x [..., in], weight [out, in], bias [out], a [rank, in], b [out, rank] -> [..., out]"""
+        low = dropped.reshape(-1, dropped.shape[-1]) @ a.T
+        output = nn.functional.linear(x, weight, bias)
+        output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=scaling)
+        ctx.save_for_backward(dropped, low, weight, a, b)
+        ctx.scaling, ctx.same = scaling, dropped is x
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        dropped, low, weight, a, b = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_low = (grad @ b).mul_(ctx.scaling)
+        grad_a = grad_low.T @ dropped.reshape(-1, dropped.shape[-1])
+        grad_b = (grad.T @ low).mul_(ctx.scaling)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if ctx.same:
+                grad_x.addmm_(grad_low, a)
+            else:
+                grad_dropped = (grad_low @ a).view_as(dropped)
+            grad_x = grad_x.view_as(dropped)
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None

@@ -1,0 +1,75 @@
+"""The console output of a run, kept in its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from conversation.errors import explained
+from conversation.runs import RunFolder
+
+
+class _Log:
+    """console.log, appended to line by line. A full disk costs lines of the log, and does not stop the work."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def line(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._file.write(f"{stamp} {text}\n".encode(errors="backslashreplace"))
+
+
+class _Tee:
+    """A stream that also writes what passes through it to the log, each line with its time.
+
+    A terminal that is closed meanwhile is done without.
+    """
+
+    def __init__(self, stream: TextIO, log: _Log):
+        self._stream, self._log, self._line = stream, log, ""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            shown = line.rstrip("\r").rsplit("\r", 1)[-1]  # of a progress bar, its last state
+            if shown.strip():
+                self._log.line(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def console_kept(run: RunFolder) -> Iterator[None]:
+    """Append everything that is printed meanwhile to the run's console.log, with times; errors too."""
+    with open(run.console_log, "ab", buffering=0) as file:
+        log = _Log(file)
+        out, err = sys.stdout, sys.stderr
+        log.line(f"$ {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+        sys.stdout, sys.stderr = _Tee(out, log), _Tee(err, log)
+        try:
+            yield
+        except BaseException as error:
+            said = explained(error)
+            for line in (f"error: {said}" if said else traceback.format_exc()).splitlines():
+                log.line(line)
+            if said and said.hint:
+                log.line(f"hint: {said.hint}")
+            raise
+        finally:
+            sys.stdout, sys.stderr = out, err
