@@ -108,7 +108,7 @@ DEMO_RECIPE: dict[str, Any] = {
     "base_model": STAND_IN,
     "gradient_accumulation_steps": 4,  # more, smaller steps: twice the updates for the same arithmetic
     "max_steps": 210,
-    "learning_rate": 1e-3,
+    "learning_rate": 4e-4,
     "warmup_steps": 10,
     "lora_dropout": 0.0,  # in less than one epoch there is nothing to overfit
     "held_out_share": 0.05,
