@@ -19,7 +19,7 @@ stage() {
 }
 fail() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 2; }
 
-resume=() flags=() before=
+resume=() flags=() before= # flags: those given now
 for flag in "$@"; do
     case "$flag" in
         -h | --help) sed -n '2,/^set -e/{/^set -e/!s/^# \{0,1\}//p}' RETRAIN.sh; exit 0 ;;
@@ -42,8 +42,8 @@ python=$(prepare_environment requirements.txt)
 
 # One retrain at a time: the lock lives as long as this shell or a child of it does.
 root=training-runs/conversation
-mkdir -p "$root/attempts"
-exec 9<>"$root/attempts/.lock" # read, too: who holds it
+{ mkdir -p "$root/attempts" && exec 9<>"$root/attempts/.lock"; } 2>/dev/null || # read, too: who holds it
+    fail "cannot write into $root" "make it writable, or clone the project to where you may write"
 "$python" -m conversation.publishing lock 9
 
 # Each stage runs as a child that Ctrl-C, SIGTERM and a closed terminal reach, so that it can save its work; RETRAIN.sh
@@ -71,7 +71,7 @@ run() {
 # 2. Base model, data and tokenizer: everything is checked before anything is touched.
 stage 2 "Base model, data, tokenizer"
 if [ ${#resume[@]} -eq 0 ]; then
-    run "$python" train_conversation.py --check_data "${flags[@]}"
+    run "$python" train_conversation.py --check_data --check_room "${flags[@]}"
     attempt=$("$python" -m conversation.publishing begin -- "${flags[@]}")
     resume_training=()
 else
@@ -81,8 +81,8 @@ else
         echo "Nothing to resume: no attempt is under way, the last published run is $root/latest"
         exit 0
     fi
-    "$python" -m conversation.publishing add-flags "$attempt" -- "${flags[@]}" # so that a later --resume knows them, too
-    mapfile -d '' -t flags < <("$python" -m conversation.publishing flags "$attempt")
+    kept=$("$python" -m conversation.publishing flags "$attempt") # quoted for the shell; the training keeps new ones
+    eval "flags=($kept \"\${flags[@]}\")"
     resume_training=(--resume)
     [ -e "$attempt/run.json" ] || resume_training=() # stopped before the training's first record
 fi

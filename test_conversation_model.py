@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from conversation.console import console_kept
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
 from conversation.files import differing_file, read_json, sha256_file, shown, write_json
-from conversation.runs import RunFolder, hold, newest_run, now
+from conversation.runs import RunFolder, hold, is_published, newest_run, now
 from conversation.structural_tests import THREE_CASES, Verdict, read_questions, run_cases
 from conversation_config import HELD_OUT_QUESTIONS, quiet_libraries
 
@@ -44,7 +44,7 @@ def main() -> int:
     run = RunFolder((args.run_dir or newest_run().path).resolve())
     if not run.run_json.exists():
         raise UserError(f"{shown(run.path)} is not a run folder: it has no run.json")
-    if run.read().get("published"):
+    if is_published(run, run.read()):
         print(f"{shown(run.path)} is published: it is tested, and nothing in it is changed.")
         three, _ = test_model(run.merged_model, args.questions)
         return conclude(three)
@@ -93,7 +93,7 @@ def conclude(three: list[Verdict]) -> int:
     if failed := [verdict.case.name for verdict in three if not verdict.passed]:
         raise UserError(
             f"{len(failed)} of {len(three)} structural tests failed: {', '.join(failed)}",
-            "the place is marked above and in the report; train longer, or with a higher --learning_rate",
+            "the place is marked above and in the report; train longer, or anew with a higher --learning_rate",
             TRIED_AND_FAILED,
         )
     return 0

@@ -32,7 +32,7 @@ from conversation.examples import length_summary, read_training_data, split_by_t
 from conversation.files import check_room, differing_file, sha256_file, shown, write_atomically
 from conversation.function_calls import Example
 from conversation.machine import environment
-from conversation.publishing import bytes_of_attempts
+from conversation.publishing import bytes_of_attempts, keep_flags
 from conversation.runs import RunFolder, hold, new_run_folder, newest_run, now, refuse_published
 from conversation.trees import read_trees
 from conversation_config import PROJECT, TrainingConfig, add_training_flags, quiet_libraries, training_config
@@ -67,21 +67,27 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint of the run")
     parser.add_argument("--check_data", action="store_true", help="validate, print statistics, train nothing")
     parser.add_argument("--json", action="store_true", help="with --check_data: print one JSON object")
+    parser.add_argument(
+        "--check_room", action="store_true", help="with --check_data: the disk's room, too, once RETRAIN.sh has cleaned"
+    )
     for dtype in ("fp16", "bf16"):
         parser.add_argument(f"--{dtype}", action="store_true", help="refused: this toolkit trains in FP32")
     args = parser.parse_args()
     refuse_half_precision(args)
-    if args.json and not args.check_data:
-        raise UserError("--json goes with --check_data")
+    for name in ("json", "check_room"):
+        if getattr(args, name) and not args.check_data:
+            raise UserError(f"--{name} goes with --check_data")
 
     quiet_libraries()
     if args.check_data:
         prepared = prepare(settings(args, {}))
         print_statistics(prepared, as_json=args.json)
-        check_disk(new_run_folder(), prepared, bytes_of_attempts())
+        if args.check_room:
+            check_disk(new_run_folder(), prepared, bytes_of_attempts())
         return 0
 
-    run = RunFolder((args.run_dir or (newest_run().path if args.resume else new_run_folder().path)).resolve())
+    newest = newest_run(by="console.log") if args.resume and not args.run_dir else new_run_folder()
+    run = RunFolder((args.run_dir or newest.path).resolve())
     recorded = recorded_run(run) if args.resume else {}
     refuse_published(run, recorded)
     check_run_folder(run, bool(recorded))
@@ -279,6 +285,15 @@ def mismatches(recorded: dict[str, Any], current: dict[str, Any], examples: int)
     return found
 
 
+def given_flags() -> list[str]:
+    """The flags of this command but those that every stage of a retrain gets."""
+    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+    if "--run_dir" in flags:
+        place = flags.index("--run_dir")
+        del flags[place : place + 2]
+    return [flag for flag in flags if not flag.startswith("--run_dir=")]
+
+
 def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> int:
     """Train in a run folder that this process holds."""
     import hashlib
@@ -329,7 +344,8 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
         checkpoint, problems = training.newest_intact_checkpoint(run.checkpoints)
         for problem in problems:
             print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
-        training.drop_newer_checkpoints(run.checkpoints, checkpoint)
+        if IS_MAIN_PROCESS:
+            training.drop_newer_checkpoints(run.checkpoints, checkpoint)
         print(
             f"Resuming from {checkpoint.name}." if checkpoint else "No intact checkpoint: starting from the first step."
         )
@@ -337,7 +353,9 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
     if IS_MAIN_PROCESS:
         write_atomically(run.training_data, training_data)
         write_atomically(run.held_out_data, held_out_data)
-        run.update(**record, training=None)
+        if recorded and run.retrain_flags.exists():
+            keep_flags(run, given_flags())
+        run.update(**record, training=None, merge=None, structural_tests=None)  # those of an earlier end are over
         print(f"Run folder: {shown(run.path)}")
         print(f"{len(prepared.training)} examples to train on, {len(prepared.held_out)} held out; {prepared.audit}")
 

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, TextIO
 from conversation.errors import explained
 from conversation.runs import RunFolder
 
+BAR_SECONDS = 60  # how often the state of a progress bar is logged, so that a killed run's log says how far it was
+
 
 class _Log:
     """console.log, appended to line by line. A full disk costs lines of the log, and does not stop the work."""
@@ -34,7 +36,7 @@ class _Tee:
     """
 
     def __init__(self, stream: TextIO, log: _Log):
-        self._stream, self._log, self._line = stream, log, ""
+        self._stream, self._log, self._line, self._logged = stream, log, "", time.monotonic()
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -44,6 +46,11 @@ class _Tee:
             shown = line.rstrip("\r").rsplit("\r", 1)[-1]  # of a progress bar, its last state
             if shown.strip():
                 self._log.line(shown)
+        if "\r" in self._line:
+            self._line = self._line[self._line.rindex("\r") :]
+            if time.monotonic() - self._logged > BAR_SECONDS and self._line.strip():
+                self._log.line(self._line.strip())
+                self._logged = time.monotonic()
         return len(text)
 
     def flush(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ PUBLISHING = ".publishing"  # in attempts/, while a run gets its name and `lates
 
 def bytes_of_attempts(root: Path = TRAINING_RUNS) -> int:
     """What the next retrain will free: it cleans the attempts before it."""
-    return sum(path.lstat().st_size for path in (root / ATTEMPTS).rglob("*") if path.is_file())
+    attempts = (root / ATTEMPTS).glob(ATTEMPT_NAME)
+    return sum(path.lstat().st_size for attempt in attempts for path in attempt.rglob("*") if path.is_file())
 
 
 def begin_attempt(root: Path, flags: Sequence[str] = ()) -> Path:
@@ -90,6 +92,9 @@ def publish(attempt: RunFolder, root: Path, command: str) -> Path:
 
 def broken_result(run: RunFolder, record: dict[str, Any]) -> str | None:
     """The first of a run's results that is not as its stage left it, as a sentence."""
+    merged_from = (record.get("merge") or {}).get("adapter_files")
+    if merged_from and merged_from != (record.get("training") or {}).get("adapter_files"):
+        return f"{run.merged_model} was made with other adapters"
     folders = (
         (run.final_lora, (record.get("training") or {}).get("adapter_files", {})),
         (run.merged_model, (record.get("merge") or {}).get("files", {})),
@@ -125,8 +130,17 @@ def _flags(attempt: RunFolder) -> list[str]:
     return flags
 
 
+def keep_flags(attempt: RunFolder, given: Sequence[str]) -> None:
+    """Keep flags that an attempt was resumed with, for the next time and for the command that repeats it."""
+    kept = _flags(attempt)
+    given = list(given)
+    new = given[len(kept) :] if given[: len(kept)] == kept else given  # RETRAIN.sh gives those it kept, too
+    if new:
+        write_json(attempt.retrain_flags, {"flags": kept + new})
+
+
 def main() -> int:
-    """`python -m conversation.publishing lock|begin|newest|flags|add-flags|publish`: the bookkeeping of RETRAIN.sh."""
+    """`python -m conversation.publishing lock|begin|newest|flags|publish`: the bookkeeping of RETRAIN.sh."""
     parser = CommandLine("the bookkeeping of RETRAIN.sh", prog="conversation.publishing")
     parser.add_argument("--root", type=Path, default=TRAINING_RUNS, help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -134,10 +148,7 @@ def main() -> int:
     beginning = commands.add_parser("begin", help="clean the leftovers of attempts, print the folder of a new one")
     beginning.add_argument("flags", nargs="*", help="the flags of the retrain, after a --")
     commands.add_parser("newest", help="print the folder of the newest attempt, nothing when there is none")
-    commands.add_parser("flags", help="print an attempt's flags, a NUL after each").add_argument("attempt", type=Path)
-    adding = commands.add_parser("add-flags", help="keep flags that an attempt is resumed with")
-    adding.add_argument("attempt", type=Path)
-    adding.add_argument("flags", nargs="*", help="after a --")
+    commands.add_parser("flags", help="print an attempt's flags, quoted for a shell").add_argument("attempt", type=Path)
     publishing = commands.add_parser("publish", help="give an attempt its final name and print it")
     publishing.add_argument("attempt", type=Path)
     publishing.add_argument("command_line", help="the command that repeats the run, for its report")
@@ -153,10 +164,7 @@ def main() -> int:
         attempt = newest_attempt(args.root)
         print(shown(attempt) if attempt else "")
     elif args.command == "flags":
-        print("".join(f"{flag}\0" for flag in _flags(RunFolder(args.attempt))), end="")
-    elif args.command == "add-flags":
-        attempt = RunFolder(args.attempt)
-        write_json(attempt.retrain_flags, {"flags": [*_flags(attempt), *args.flags]})
+        print(shlex.join(_flags(RunFolder(args.attempt))))
     else:
         print(shown(publish(RunFolder(args.attempt.resolve()), args.root, args.command_line)))
     return 0

@@ -145,9 +145,12 @@ def new_run_folder(root: Path = TRAINING_RUNS) -> RunFolder:
     return RunFolder(free_name(root, today()))
 
 
-def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
-    """The run whose run.json was written last, attempts included. Raises UserError when there is none."""
-    found = [*root.glob(f"{RUN_NAME}/run.json"), *(root / ATTEMPTS).glob(f"{ATTEMPT_NAME}/run.json")]
+def newest_run(root: Path = TRAINING_RUNS, by: str = "run.json") -> RunFolder:
+    """The run in which the file `by` was written last, attempts included. Raises UserError when there is none.
+
+    console.log is there from the start, run.json once the training has begun.
+    """
+    found = [*root.glob(f"{RUN_NAME}/{by}"), *(root / ATTEMPTS).glob(f"{ATTEMPT_NAME}/{by}")]
     if not found:
         raise UserError(
             f"there is no run in {root}", "train one with train_conversation.py, or name one with --run_dir"
@@ -155,9 +158,14 @@ def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
     return RunFolder(max(found, key=lambda path: path.stat().st_mtime).parent.resolve())
 
 
+def is_published(run: RunFolder, record: dict[str, Any]) -> bool:
+    """Whether a run has its final name. An attempt that was stopped while it was published has not."""
+    return bool(record.get("published")) and run.path.parent.name != ATTEMPTS
+
+
 def refuse_published(run: RunFolder, record: dict[str, Any]) -> None:
     """Raises UserError: what is published is not changed any more."""
-    if record.get("published"):
+    if is_published(run, record):
         raise UserError(f"{shown(run.path)} is published: it is not changed any more", "name another with --run_dir")
 
 

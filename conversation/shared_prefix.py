@@ -23,7 +23,8 @@ ancestors in the tree within the layer's sliding window; and rotary positions, w
 
 LoRA dropout: its masks are drawn per computed token, so a shared token has one mask, where the plain computation would
 draw one for each example that contains it. The expected gradient is that of the plain computation; within a step the
-noise of a shared prefix is the same for all examples that share it.
+noise of a shared prefix is the same for all examples that share it. Other micro-batches, or other processes, draw other
+masks: "the same result" is meant up to that.
 
 The head is the other half of the work (Gemma's vocabulary has 262,144 entries). It runs only on tokens that predict a
 label, over blocks of the vocabulary with a running softmax (as flash attention does over keys: Milakov & Gimelshein
@@ -36,6 +37,7 @@ to 7e-5 of them, which shows as 1e-4 in the gradients (measured against float64,
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +59,7 @@ CPU_HEAD_BLOCK_BYTES, GPU_HEAD_BLOCK_BYTES = 8 * 2**20, 64 * 2**20
 HEAD_BLOCK_ROWS = 4096
 # A row takes no part in the gradient of a block of the vocabulary that holds less of its probability than this, in
 # units of the type's rounding error.
-NEGLIGIBLE_ROUNDINGS = 1 / 16
+NEGLIGIBLE_ROUNDINGS = 1 / 64
 # Above this share of rows that take part, all do: gathering them would cost more than it saves.
 MOST_ROWS = 0.8
 # Exponentials are taken of logits minus a shift that is raised when one would exceed e^this: well within FP32's range.
@@ -341,9 +343,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     A model that has learnt the form is sure of most tokens, and almost all of its probability lies in few blocks. The
     product with the other blocks, half of the head's work, is left out for a row that has no more than
-    NEGLIGIBLE_ROUNDINGS roundings of its probability there; the normaliser always counts all. So a row's gradient
-    misses at most that share of probability per block: in FP32 with 200 blocks 1.5e-6 of it, were every one at the
-    bound.
+    NEGLIGIBLE_ROUNDINGS roundings of its probability there; the normaliser always counts all. With B blocks a row's
+    gradient, a difference of head rows, is off by at most B * NEGLIGIBLE_ROUNDINGS roundings of the largest head row:
+    in FP32 with 200 blocks by about three. (A row surer than that has no gradient to speak of, and may lose it.)
     """
 
     @staticmethod
@@ -610,18 +612,21 @@ def measure_token_budget(model: nn.Module) -> TokenBudget:
         return tensor
 
     devices = [parameter.device for parameter in model.parameters()][:1]
+    was_training = model.training
+    model.train()  # dropout keeps masks and copies of its own
     with (
         torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]),
         _without_synchronisation(model),
         torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
     ):
         shared_prefix_loss(model, tree)
+    model.train(was_training)
     return TokenBudget(max(1, int(MEMORY_SHARE * _free_bytes(devices[0]) / (kept_bytes / probe_tokens))))
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     cap = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_allocated(device)

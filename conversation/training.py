@@ -128,7 +128,7 @@ def train(
     try:
         trainer = ConversationTrainer(model, data, config, run, callbacks=[progress, saving, explosion])
         progress.trainer = saving.trainer = explosion.trainer = trainer
-        with _signals_heeded(progress):
+        with _signals_heeded(progress), contextlib.suppress(_TrainedAlready):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError, SafetensorError) as error:
         adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
@@ -236,10 +236,13 @@ class ConversationTrainer(Trainer):
             bf16=False,
             fp16=False,
             tf32=False if torch.cuda.is_available() else None,
+            ddp_broadcast_buffers=False,  # a process that starts its step again must not wait for the others
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
         )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # one process, one card: DataParallel would bypass our step and double the batch
         super().__init__(
             model=model,
             args=arguments,
@@ -302,7 +305,8 @@ class ConversationTrainer(Trainer):
         saved = newest_intact_checkpoint(Path(self.args.output_dir))[0]
         return UserError(
             f"{problem}; the examples of this step ask: {questions}" if questions else problem,
-            (f"the last good checkpoint is {saved.name}; " if saved else "") + "a lower --learning_rate may help",
+            (f"the last good checkpoint is {saved.name}; " if saved else "")
+            + "a new run with a lower --learning_rate may help",
             TRIED_AND_FAILED,
         )
 
@@ -314,7 +318,9 @@ class ConversationTrainer(Trainer):
         started = time.monotonic()
         was_training = self.model.training
         self.model.eval()
-        groups = split_into_micro_batches(self.eval_dataset, min(self.budget.tokens, HELD_OUT_TOKENS))
+        tokens = torch.tensor(min(self.budget.tokens, HELD_OUT_TOKENS), device=self.args.device)
+        tokens = self.accelerator.gather(tokens).min().item()  # all processes must form the same groups
+        groups = split_into_micro_batches(self.eval_dataset, tokens)
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for group in groups[self.args.process_index :: self.args.world_size]:
             tree = build_prefix_tree(group)
@@ -380,6 +386,10 @@ class _EpochDataLoader(DataLoader):
 # --- callbacks -------------------------------------------------------------------------------------------------------
 
 
+class _TrainedAlready(Exception):
+    """The checkpoint that the training goes on from is that of its last step."""
+
+
 class _Progress(TrainerCallback):
     """The progress bar, metrics.jsonl, and the orderly stop after a signal."""
 
@@ -398,6 +408,11 @@ class _Progress(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=1
             )
             self.began = time.monotonic(), state.global_step
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:  # the Trainer would take one more step, were the epoch not over
+            self.on_train_end(args, state, control)
+            raise _TrainedAlready
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -435,6 +450,7 @@ class _Checkpoints(TrainerCallback):
     trainer: ConversationTrainer | None = None
 
     def on_save(self, args, state, control, model, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its random states
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):

@@ -5,8 +5,12 @@
 
 prepare_environment() {
     local venv="${VIRTUAL_ENV_DIR:-$PWD/.venv}" base file wanted stamp
-    if command -v flock >/dev/null; then
-        exec 8>"$venv.lock"
+    if command -v flock >/dev/null && _something_is_missing "$venv" "$@"; then
+        if ! { exec 8>"$venv.lock"; } 2>/dev/null; then
+            echo "error: cannot write into $(dirname "$venv")" >&2
+            echo "hint: make it writable, or clone the project to where you may write" >&2
+            return 2
+        fi
         flock -n 8 || { echo "Another process is making $venv: waiting for it ..." >&2; flock 8; }
     fi
     if [ "$(cat "$venv/$1.cksum" 2>/dev/null)" != "$(cksum <"$1")" ]; then
@@ -32,4 +36,12 @@ prepare_environment() {
     done
     exec 8>&- # the lock is free again
     echo "$venv/bin/python"
+}
+
+_something_is_missing() {
+    local venv="$1" file
+    for file in "${@:2}"; do
+        [ "$(cat "$venv/$file.cksum" 2>/dev/null)" = "$(cksum <"$file")" ] || return 0
+    done
+    return 1
 }

@@ -42,6 +42,7 @@ def test_the_demo_recipe_names_real_settings():
         (["--max_steps", "0"], "--max_steps must be at least 1"),
         (["--no_such_flag"], "error: unrecognized arguments: --no_such_flag\nhint: train_conversation.py --help"),
         (["--json"], "--json goes with --check_data"),
+        (["--check_room"], "--check_room goes with --check_data"),
         (["--fp16"], "FP16 is refused"),
         (["--bf16"], "BF16 is refused"),
         (["--training_data", "absent.jsonl"], "no training data at"),

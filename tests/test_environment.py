@@ -41,3 +41,11 @@ def test_it_is_made_again_when_the_requirements_change_or_an_installation_was_cu
     failing = prepare()
     assert failing.wait() != 0 and "could not be installed" in failing.stderr.read()
     assert prepare().wait() != 0  # what failed is not taken for done
+
+
+def test_a_place_that_cannot_be_written_is_said_plainly(prepare, tmp_path):
+    (tmp_path / ".venv.lock").mkdir()  # root may write everywhere, but not into this
+    process = prepare()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert said.startswith(f"error: cannot write into {tmp_path}\nhint: ") and len(said.splitlines()) == 2

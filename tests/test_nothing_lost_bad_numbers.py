@@ -60,7 +60,10 @@ def test_a_checkpoint_with_adapters_that_are_not_finite_does_not_stay(tmp_path):
     state = SimpleNamespace(is_world_process_zero=True, global_step=5)
     arguments = SimpleNamespace(output_dir=str(tmp_path))
     saving = _Checkpoints()
-    saving.trainer = SimpleNamespace(bad_numbers=lambda problem: UserError(f"{problem}; the examples"))
+    alone = SimpleNamespace(wait_for_everyone=lambda: None)
+    saving.trainer = SimpleNamespace(
+        accelerator=alone, bad_numbers=lambda problem: UserError(f"{problem}; the examples")
+    )
     saving.on_save(arguments, state, None, model)
     assert (tmp_path / "checkpoint-5" / "hashes.json").exists()
     model.weight.data[0, 0] = float("inf")

@@ -99,3 +99,15 @@ def test_a_refusal_to_publish_is_in_the_log(tmp_path):
     with pytest.raises(UserError, match="has not passed its tests"):
         publishing.publish(run, tmp_path, "")
     assert "has not passed its tests: not published" in run.console_log.read_text()
+
+
+def test_a_progress_bar_is_logged_now_and_then_so_that_a_killed_runs_log_says_how_far_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "BAR_SECONDS", -1)
+    run = RunFolder(tmp_path)
+    with console.console_kept(run):
+        for step in (1, 2):
+            print(f"\rtraining: {step} of 9", end="")
+        lines = run.console_log.read_text().splitlines()
+        print("\ndone")
+    assert [re.sub(TIME, "", line) for line in lines[1:]] == ["training: 1 of 9", "training: 2 of 9"]
+    assert run.console_log.read_text().endswith("done\n")

@@ -147,7 +147,7 @@ def test_a_read_only_disk_is_said_plainly(tmp_path, flags):
 
 def test_checking_the_data_says_when_the_disk_has_no_room_for_the_run(tmp_path, flags):
     full = (("no_room_on_any_disk",),)
-    status, output = finished(TRAIN, "--check_data", *flags, output=tmp_path / "out", faults=full)
+    status, output = finished(TRAIN, "--check_data", "--check_room", *flags, output=tmp_path / "out", faults=full)
     assert status == 2 and "training and the merged model after it needs" in output and "hint: free " in output
 
 

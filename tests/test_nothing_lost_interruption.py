@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -55,6 +56,23 @@ def test_training_killed_before_its_first_record_begins_again(tmp_path, flags, u
     status, output = finished(TRAIN, "--run_dir", run, "--resume", *flags, output=tmp_path / "out")
     assert status == 0 and "starting from the first step" in output, output
     assert adapters(run) == adapters(untouched)
+
+
+def test_training_killed_after_its_last_checkpoint_takes_no_step_more(tmp_path, flags):
+    """Ten steps end in the middle of an epoch, with a learning rate that has not fallen to zero."""
+    run = RunFolder(tmp_path / "run")
+    more = ["--max_steps", "10", "--lr_scheduler_type", "constant"]
+    status, output = finished(TRAIN, "--run_dir", run.path, *flags, *more, output=tmp_path / "first")
+    assert status == 0, output
+    before, record = adapters(run.path), run.read()["training"]
+    shutil.rmtree(run.final_lora)
+    status, output = finished(TRAIN, "--run_dir", run.path, "--resume", output=tmp_path / "out")
+    assert status == 0 and "Resuming from checkpoint-10." in output, output
+    again = run.read()["training"]
+    assert adapters(run.path) == before and again["steps"] == 10
+    assert [again[name] for name in ("last_window_loss", "held_out_loss")] == [
+        record[name] for name in ("last_window_loss", "held_out_loss")
+    ]
 
 
 def test_a_report_that_a_kill_prevented_is_written_by_the_next_resume(trained, tmp_path):

@@ -57,6 +57,7 @@ def test_publishing_killed_before_any_change_on_disk_shows_the_old_run_or_the_ne
         assert not new.exists() or is_whole(new)
         publishing.finish_publishing(root)  # what the next retrain does first
         if left := publishing.newest_attempt(root):
+            runs.refuse_published(RunFolder(left), RunFolder(left).read())  # its stages can go on
             assert (root / "latest").resolve() == old.resolve()
             publishing.publish(RunFolder(left), root, "./RETRAIN.sh")
         assert (root / "latest").resolve() == new.resolve() and is_whole(new)
@@ -252,9 +253,10 @@ def test_flags_given_to_a_resumed_retrain_are_kept_and_broken_ones_are_named(tmp
         command = [sys.executable, "-m", "conversation.publishing", "--root", str(tmp_path), *arguments]
         return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
 
-    assert bookkeeping("add-flags", str(attempt), "--", "--max_steps", "300").returncode == 0
-    assert bookkeeping("flags", str(attempt)).stdout == "\0".join(["--max_steps", "200", "--max_steps", "300", ""])
+    for given in (["--max_steps", "200"], ["--max_steps", "200", "--max_steps", "300"], ["--training_data", "a b"]):
+        publishing.keep_flags(RunFolder(attempt), given)  # as RETRAIN.sh gives them, and by hand
+    assert bookkeeping("flags", str(attempt)).stdout == "--max_steps 200 --max_steps 300 --training_data 'a b'\n"
     for broken in ("{}", '{"flags": "x"}', '{"flags": [1]}', "{"):
         RunFolder(attempt).retrain_flags.write_text(broken)
-        done = bookkeeping("add-flags", str(attempt), "--")
+        done = bookkeeping("flags", str(attempt))
         assert done.returncode == 2 and "retrain_flags.json is broken" in done.stderr, done.stderr

@@ -325,7 +325,9 @@ class CountRows(TorchDispatchMode):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(("confidence", "least", "most"), [(0.5, 1.0, 1.0), (20.0, 0.05, 0.6), (60.0, 0.0, 0.1)])
-def test_a_row_sure_of_its_token_costs_less_and_its_gradient_is_the_same(confidence, least, most, dtype, tolerance):
+def test_a_row_sure_of_its_token_costs_less_and_its_gradient_is_the_same(
+    confidence, least, most, dtype, tolerance, monkeypatch
+):
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(4000, 16, generator=generator, dtype=torch.float64)
     favourites = torch.randint(0, 4000, (40,), generator=generator)
@@ -339,6 +341,11 @@ def test_a_row_sure_of_its_token_costs_less_and_its_gradient_is_the_same(confide
         )
     torch.testing.assert_close(log_normaliser.double(), torch.logsumexp(logits, -1), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(mean.double(), logits.softmax(-1) @ head, rtol=tolerance, atol=tolerance)
+    monkeypatch.setattr(shared_prefix, "NEGLIGIBLE_ROUNDINGS", 0)
+    whole = shared_prefix._softmax_over_vocabulary(
+        hidden.to(dtype), head.to(dtype), None, logits.gather(1, labels)[:, 0].to(dtype), True
+    )
+    assert (mean - whole[1]).abs().max() <= 10 * torch.finfo(dtype).eps * head.abs().max()
     blocks = -(-4000 // (9 * 20 * 8 // (40 * dtype.itemsize)))
     assert least <= count.rows / (40 * blocks) <= most
 
@@ -391,7 +398,16 @@ def test_the_budget_follows_the_free_memory(gemma_pair, monkeypatch):
         assert torch.equal(torch.get_rng_state(), state)
     assert budgets[1] == pytest.approx(2 * budgets[0], abs=1)
     # per token and layer at least the inputs of seven projections, in float64
-    assert 2**26 / budgets[0] > 3 * 8 * (4 * 24 + 2 * 32 + 40)
+    kept = shared_prefix.MEMORY_SHARE * 2**26 / budgets[0]
+    assert kept > 3 * 8 * (4 * 24 + 2 * 32 + 40)
+
+
+def test_the_budget_counts_what_dropout_keeps_whatever_mode_the_model_is_in(monkeypatch):
+    monkeypatch.setattr(shared_prefix, "_free_bytes", lambda device: 2**26)
+    shared, _ = make_pair(dropout=0.3)
+    measured = [measure_token_budget(shared.train(mode)).tokens for mode in (True, False)]
+    assert measured[0] == measured[1] < measure_token_budget(make_pair()[0]).tokens
+    assert not shared.training
 
 
 # ----------------------------------------------------------------------------------------------------------------------
