@@ -29,7 +29,7 @@ def test_numbers_that_are_not_finite_stop_the_run_at_that_step_by_name(tmp_path,
     assert not run.final_lora.exists() and said[0] in run.console_log.read_text()
     good, problems = newest_intact_checkpoint(run.checkpoints)
     if call == 1:
-        assert good is None and "hint: a lower --learning_rate may help" in output
+        assert good is None and "hint: a new run with a lower --learning_rate may help" in output
         return
     assert good.name == "checkpoint-6" and not problems and "the last good checkpoint is checkpoint-6" in output
     if what == "loss":  # the fault gone, the run is finished from there

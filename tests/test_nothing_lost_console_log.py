@@ -106,7 +106,7 @@ def test_a_progress_bar_is_logged_now_and_then_so_that_a_killed_runs_log_says_ho
     run = RunFolder(tmp_path)
     with console.console_kept(run):
         for step in (1, 2):
-            print(f"\rtraining: {step} of 9", end="")
+            sys.stdout.write(f"\rtraining: {step} of 9")
         lines = run.console_log.read_text().splitlines()
         print("\ndone")
     assert [re.sub(TIME, "", line) for line in lines[1:]] == ["training: 1 of 9", "training: 2 of 9"]

@@ -59,9 +59,11 @@ def test_a_shorter_run_is_refused_and_a_longer_one_goes_on_and_is_merged_anew(tr
     assert status == 0 and "Resuming from checkpoint-12" in output
     assert "The run is now 15 steps long, was 12: harmless" in output
     assert "--save_steps is now 5, was 3: harmless" in output
+    assert run.read()["merge"] is None and run.read()["structural_tests"] is None  # those of the shorter run
     assert run.read()["training"]["steps"] == 15 and run.read()["config"]["max_steps"] == 15
     status, output = finished(MERGE, "--run_dir", trained, "--resume", output=tmp_path / "merge")
-    assert status == 0 and "merged again: it was made with other adapters" in output
+    assert status == 0 and "Merged: " in output and "already" not in output
+    assert run.read()["merge"]["adapter_files"] == run.read()["training"]["adapter_files"]
 
 
 @pytest.mark.parametrize("again", [[], ["--max_steps", "12"]])
