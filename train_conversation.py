@@ -353,7 +353,7 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
     if IS_MAIN_PROCESS:
         write_atomically(run.training_data, training_data)
         write_atomically(run.held_out_data, held_out_data)
-        if recorded and run.retrain_flags.exists():
+        if run.retrain_flags.exists():
             keep_flags(run, given_flags())
         run.update(**record, training=None, merge=None, structural_tests=None)  # those of an earlier end are over
         print(f"Run folder: {shown(run.path)}")
