@@ -29,6 +29,12 @@ for flag in "$@"; do
             case "$before" in # a path is meant from where RETRAIN.sh was called
                 --training_data | --base_model) [ "$from" = "$PWD" ] || [ ! -e "$from/$flag" ] || flag="$from/$flag" ;;
             esac
+            case "$flag" in
+                --training_data=* | --base_model=*)
+                    path=${flag#*=}
+                    [ "$from" = "$PWD" ] || [ ! -e "$from/$path" ] || flag="${flag%%=*}=$from/$path"
+                    ;;
+            esac
             flags+=("$flag")
             ;;
     esac
@@ -90,6 +96,7 @@ echo "Attempt: $attempt"
 failed() {
     printf '%s RETRAIN.sh: stage %s ended with status %s\n' "$(date '+%F %T')" "$stage" "$1" >>"$attempt/console.log" || true
     echo "The attempt is kept in $attempt with its console.log; what was published before is untouched." >&2
+    [ ! -e "$attempt/report.md" ] || echo "Report: $attempt/report.md" >&2
 }
 trap 'failed $?' ERR
 
@@ -105,4 +112,4 @@ run "$python" test_conversation_model.py --run_dir "$attempt" "${resume[@]}"
 stage 6 "Publish"
 published=$("$python" -m conversation.publishing publish "$attempt" "$(printf '%q ' ./RETRAIN.sh "${flags[@]}" | sed 's/ $//')")
 trap - ERR
-printf '\nPublished: %s (and %s/latest)\nReport:    %s/report.md\n' "$published" "$root" "$published"
+printf 'Published: %s (and %s/latest)\nReport:    %s/report.md\n' "$published" "$root" "$published"

@@ -70,8 +70,7 @@ def merge_in(run: RunFolder, base_model: str | None, resume: bool) -> int:
             f"the adapters were trained on other weights than those of {base_model or record['base_model']['name']}",
             f"the run's base is {record['base_model']['name']}, SHA-256 {record['base_model']['weights_sha256'][:12]}",
         )
-    size = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
-    check_room(run.path, int(1.1 * size), "the merged model")
+    check_room(run.path, int(1.1 * base_models.fp32_bytes(base_folder)), "the merged model")
     print("Merging in FP32, then reading the model back from disk ...", flush=True)
     prompts = [example.prompt for example in read_jsonl(run.training_data)[:COMPARED_PROMPTS]]
     result = merging.merge(base_folder, run.final_lora, run.merged_model, prompts)

@@ -185,13 +185,15 @@ def data_statistics(prepared: Prepared) -> dict[str, Any]:
     """What is in the data: structure, token lengths, share of label tokens, split, tokenizer."""
     encoded = prepared.encoded_training + prepared.encoded_held_out
     tokens = sum(len(ids) for ids in encoded)
+    on_all = prepared.config.loss_on == "all"
+    labels = sum(len(ids) - 1 if on_all else ids.num_answer_tokens for ids in encoded)
     return {
         **statistics_of(prepared.training + prepared.held_out),
         "training_examples": len(prepared.training),
         "held_out_examples": len(prepared.held_out),
         "token_lengths": length_summary([len(ids) for ids in encoded]),
         "answer_token_lengths": length_summary([ids.num_answer_tokens for ids in encoded]),
-        "label_token_share": round(sum(ids.num_answer_tokens for ids in encoded) / tokens, 4),
+        "label_token_share": round(labels / tokens, 4),
         "longer_than_maximum": 0,  # prepare() raises otherwise
         "maximum_length": prepared.config.max_length,
         "tokenizer_fingerprint": prepared.audit.fingerprint,
@@ -240,7 +242,7 @@ def check_disk(run: RunFolder, prepared: Prepared, to_be_freed: int = 0) -> None
 
     adapters = base_models.adapter_bytes(prepared.base_folder, prepared.config.lora_r)
     checkpoint = 3 * adapters + 100_000  # weights and AdamW's two moments; the rest is small
-    merged = sum(path.stat().st_size for path in prepared.base_folder.glob("*.safetensors"))
+    merged = base_models.fp32_bytes(prepared.base_folder)
     needed = (training.KEPT_CHECKPOINTS + 1) * checkpoint + adapters + merged
     check_room(run.path, needed - to_be_freed, "training and the merged model after it")
 
@@ -285,8 +287,15 @@ def mismatches(recorded: dict[str, Any], current: dict[str, Any], examples: int)
     return found
 
 
+def command(before: list[str]) -> list[str]:
+    """The command that repeats the run: that of its beginning, and what it was resumed with."""
+    launcher = ["torchrun", "--nproc_per_node", str(PROCESSES)] if PROCESSES > 1 else []
+    now = [*launcher, Path(sys.argv[0]).name, *given_flags()]
+    return now if before in (now, []) or now[: len(before)] == before else [*before, *given_flags()]
+
+
 def given_flags() -> list[str]:
-    """The flags of this command but those that every stage of a retrain gets."""
+    """The flags of this command but those that say where the run is."""
     flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
     if "--run_dir" in flags:
         place = flags.index("--run_dir")
@@ -304,7 +313,7 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
     training_data, held_out_data = to_jsonl(prepared.training), to_jsonl(prepared.held_out)
     record = {
         "started": recorded.get("started") or now(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]] if not recorded else recorded["command"],
+        "command": command(recorded.get("command", [])),
         "config": config.as_dict(),
         "data": {
             "source": config.training_data,

@@ -101,6 +101,22 @@ def adapter_bytes(folder: Path, rank: int) -> int:
     return 4 * count
 
 
+def fp32_bytes(folder: Path) -> int:
+    """Size of a model folder's weights in FP32, whatever type they are stored in."""
+    from math import prod
+
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "numpy") as file:
+                count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is broken: {error}", "fetch or make the model again") from None
+    return 4 * count
+
+
 def weights_hash(folder: Path) -> str:
     """SHA-256 of a model folder's weights: of its one safetensors file, or of the hashes of its shards."""
     import hashlib

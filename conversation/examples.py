@@ -91,18 +91,23 @@ def split_by_tree(examples: Sequence[Example], held_out_share: float) -> tuple[l
 
     The order of the trees comes from a hash of their root question, so a tree stays on its side when others are added.
     Both parts keep the order of `examples`. With a share of 0, or a single tree, nothing is held out; else one tree at
-    least is.
+    least is: the first that is not far larger than the share, or the smallest.
     """
     sizes = Counter(root_question(example) for example in examples)
     wanted = held_out_share * len(examples)
     held_out: set[str] = set()
     taken = 0
     for root in sorted(sizes, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        enough = held_out and taken + sizes[root] / 2 > wanted
-        if enough or wanted == 0 or len(held_out) + 1 == len(sizes):
+        if wanted == 0 or len(held_out) + 1 == len(sizes):
             break
+        if taken + sizes[root] / 2 > wanted:
+            if held_out:
+                break
+            continue
         held_out.add(root)
         taken += sizes[root]
+    if not held_out and wanted > 0 and len(sizes) > 1:
+        held_out.add(min(sizes, key=lambda root: (sizes[root], root)))
     training = [example for example in examples if root_question(example) not in held_out]
     return training, [example for example in examples if root_question(example) in held_out]
 

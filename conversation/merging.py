@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from conversation.base_models import load_model
@@ -63,6 +63,7 @@ def merge(base_folder: Path, adapters: Path, output: Path, prompts: Sequence[Pro
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     model = _with_adapters(base_folder, adapters)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     expected = [_observe(model, ids, end_of_turn) for ids in prompt_ids]
     try:
         try:
@@ -78,7 +79,7 @@ def merge(base_folder: Path, adapters: Path, output: Path, prompts: Sequence[Pro
             raise cannot_write(output, cause, needed) from None
         del model, merged
         gc.collect()
-        found = _verify(part, prompt_ids, expected, end_of_turn)
+        found = _verify(part, prompt_ids, expected, end_of_turn, tied)
         files = file_hashes(part)
         write_json(part / MANIFEST, {"tokenizer_fingerprint": fingerprint(load_tokenizer(part)), "files": files})
         replace_folder(part, output)
@@ -127,16 +128,30 @@ def _save(model: Any, base_folder: Path, folder: Path, end_of_turn: int, pad: in
     shutil.copy(CHAT_TEMPLATE, folder)
 
 
+def _tensor_names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
 def _verify(
-    folder: Path, prompt_ids: Sequence[list[int]], expected: Sequence[tuple[torch.Tensor, list[int]]], end_of_turn: int
+    folder: Path,
+    prompt_ids: Sequence[list[int]],
+    expected: Sequence[tuple[torch.Tensor, list[int]]],
+    end_of_turn: int,
+    tied: bool,
 ) -> tuple[float, float, bool]:
-    """Read the saved model and compare. Returns largest difference, largest logit, equal continuations."""
+    """Read the saved model and compare; `tied`: whether the base's embeddings are.
+
+    Returns the largest difference of a logit, the largest logit, and whether the continuations are equal.
+    """
     model = load_model(folder).eval()
     for name, tensor in model.named_parameters():
         if not math.isfinite(tensor.sum().item()):  # a sum needs no second tensor of this size
             raise UserError(f"the merged tensor {name} holds a value that is not finite", "", TRIED_AND_FAILED)
-    if model.config.tie_word_embeddings:
-        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    if tied:
+        on_disk = {name for path in folder.glob("*.safetensors") for name in _tensor_names(path)}
+        untied = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+        if untied or any(name.startswith("lm_head") for name in on_disk):
             raise UserError("the merged model's embeddings are not tied any more", "", TRIED_AND_FAILED)
     difference, largest, equal = 0.0, 0.0, True
     for ids, (logits, said) in zip(prompt_ids, expected, strict=True):

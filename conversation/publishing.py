@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,7 +167,11 @@ def main() -> int:
     elif args.command == "flags":
         print(shlex.join(_flags(RunFolder(args.attempt))))
     else:
-        print(shown(publish(RunFolder(args.attempt.resolve()), args.root, args.command_line)))
+        from conversation import reporting
+
+        published = publish(RunFolder(args.attempt.resolve()), args.root, args.command_line)
+        print(f"\n{reporting.summary(RunFolder(published).read())}", file=sys.stderr)
+        print(shown(published))
     return 0
 
 

@@ -22,6 +22,19 @@ def write_report(run: RunFolder) -> None:
     write_atomically(run.report, _report(run, record, metrics, tests).encode())
 
 
+def summary(record: dict[str, Any]) -> str:
+    """A finished run in three lines, for the console."""
+    training, tests = record["training"], record["structural_tests"]
+    held_out = f", held out {training['held_out_loss']:.3f}" if training["held_out_loss"] is not None else ""
+    return (
+        f"Loss:      {training['first_window_loss']:.3f} to {training['last_window_loss']:.3f}{held_out}; "
+        f"{training['steps']} steps in {training['seconds'] / 60:.1f} minutes\n"
+        f"Tests:     {tests['passed_tests']} of 3 structural tests passed\n"
+        f"Held out:  {tests['held_out_valid']} of {tests['held_out_questions']} questions answered in valid form, "
+        f"{tests['held_out_distinct']} with three distinct follow-ups"
+    )
+
+
 def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> None:
     """Training and held-out loss over epochs, as a PNG on an opaque light ground, so that any viewer shows it."""
     import io
@@ -202,4 +215,4 @@ def _command(record: dict[str, Any]) -> str:
     command = list(record["command"])
     while "--run_dir" in command:  # that folder holds this run
         del command[(at := command.index("--run_dir")) : at + 2]
-    return "./" + shlex.join(command)
+    return ("" if command[0] == "torchrun" else "./") + shlex.join(command)

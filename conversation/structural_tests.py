@@ -131,9 +131,10 @@ def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
         answer = parse_answer(output)
     except FormatError as error:
         return Verdict(case, output, None, str(error), error.position, ())
-    if token := spelled_out_token(tokenizer, ids):
+    if spelled_out := spelled_out_token(tokenizer, ids):
+        token, position = spelled_out
         problem = f"{token} is spelled out in ordinary tokens instead of being the control token"
-        return Verdict(case, output, None, problem, output.find(token), ())
+        return Verdict(case, output, None, problem, position, ())
     return Verdict(case, output, answer, None, None, tuple(repetitions(answer)))
 
 

@@ -129,19 +129,20 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str | None:
-    """The first control token that the ids spell out in ordinary tokens instead of using its id; None if there is none.
+def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, int] | None:
+    """The first control token that the ids spell out in ordinary tokens instead of using its id, and the character of
+    the decoded text at which it stands; None if there is none.
 
     Such text looks valid once it is decoded, and is not: no program that reads ids would find the token.
     """
     control_ids = {tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
     run: list[int] = []
-    for token_id in [*ids, None]:
+    for number, token_id in enumerate([*ids, None]):
         if token_id is not None and token_id not in control_ids:
             run.append(token_id)
             continue
         if run and (found := CONTROL_PATTERN.search(decode(tokenizer, run))):
-            return found[0]
+            return found[0], len(decode(tokenizer, ids[: number - len(run)])) + found.start()
         run = []
     return None
 

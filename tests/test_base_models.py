@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from conftest import easy_lines, make_tiny_model, run_script
+from safetensors.torch import load_file, save_file
 
 from conversation import base_models
 from conversation.errors import UserError
@@ -127,3 +128,10 @@ def test_an_unprepared_gemma_vocabulary_has_room_for_the_tokens(tmp_path, tiny_f
     assert len(given) == size
     for token in FORMAT_TOKENS[2:]:
         assert given.convert_tokens_to_ids(token) == base_models.FUNCTION_GEMMA_IDS[token]
+
+
+def test_room_is_counted_in_fp32_whatever_the_weights_are_stored_in(tmp_path, tiny_folder):
+    weights = load_file(tiny_folder / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    assert base_models.fp32_bytes(tmp_path) == base_models.fp32_bytes(tiny_folder)
+    assert base_models.fp32_bytes(tmp_path) == sum(4 * tensor.numel() for tensor in weights.values())

@@ -1,10 +1,14 @@
 """The command line: help at once, every flag with its default, one clear error for what a user can cause."""
 
 import json
+import runpy
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import easy_lines, run_script
+from conftest import PROJECT, easy_lines, run_script
 
 from conversation.examples import to_jsonl
 from conversation_config import DEMO_RECIPE, TrainingConfig
@@ -77,3 +81,22 @@ def test_paths_are_meant_from_the_folder_one_is_in(tmp_path, tiny_folder):
     assert trained.returncode == 0, trained.stderr
     merged = run_script("merge_conversation_model.py", "--run_dir", tmp_path / "run", cwd="/")
     assert merged.returncode == 0, merged.stderr  # from elsewhere, where "base" means nothing
+
+
+def test_help_needs_no_environment(tmp_path):
+    copy = shutil.copytree(
+        PROJECT, tmp_path / "project", ignore=shutil.ignore_patterns(".venv", ".git", "training-runs")
+    )
+    shown = subprocess.run(["./run_conversation_training.sh", "--help"], cwd=copy, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--learning_rate" in shown.stdout and not (copy / ".venv").exists()
+
+
+def test_the_command_that_repeats_a_run_has_what_it_was_resumed_with(monkeypatch):
+    script = runpy.run_path(str(PROJECT / "train_conversation.py"))
+    monkeypatch.setattr(sys, "argv", ["train_conversation.py", "--demo", "--run_dir=x", "--max_steps", "10"])
+    first = script["command"]([])
+    assert first == ["train_conversation.py", "--demo", "--max_steps", "10"]
+    monkeypatch.setattr(sys, "argv", ["train_conversation.py", "--resume", "--max_steps", "20"])
+    assert script["command"](first) == [*first, "--max_steps", "20"]
+    monkeypatch.setattr(sys, "argv", [*first, "--resume", "--run_dir", "x"])
+    assert script["command"](first) == first

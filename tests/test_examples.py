@@ -17,6 +17,7 @@ from conversation.examples import (
     statistics_of,
     to_jsonl,
 )
+from conversation.function_calls import Example, Prompt
 
 
 def test_written_lines_are_the_lines_read(tmp_path, own_examples):
@@ -87,6 +88,17 @@ def test_held_out_trees_are_whole_and_about_a_tenth(own_examples):
     assert sorted(training + held_out, key=lambda e: e.text) == sorted(own_examples, key=lambda e: e.text)
     assert not {root_question(e) for e in training} & {root_question(e) for e in held_out}
     assert 0.08 < len(held_out) / len(own_examples) < 0.12
+
+
+def test_one_large_tree_is_not_held_out_for_a_small_share(own_examples):
+    by_root = {}
+    for example in own_examples:
+        by_root.setdefault(root_question(example), []).append(example)
+    small = list(by_root.values())[:2]
+    for question in ("CAP theorem?", "What's a monad?", "Why?"):  # whatever its place in the order
+        large = [Example(Prompt(question), example.answer) for example in own_examples[:100]]
+        training, held_out = split_by_tree([*large, *small[0], *small[1]], 0.1)
+        assert held_out in small and len(training) > 100
 
 
 def test_the_split_stays_when_trees_are_added(own_examples):

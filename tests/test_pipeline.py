@@ -40,6 +40,7 @@ def test_the_default_model_is_trained_merged_tested_and_published(home, publishe
     stages = re.findall(r"^\[(\d)/6\]", published.stdout, re.M)
     assert stages == ["1", "2", "3", "4", "5", "6"]
     assert "3 of 3 structural tests passed" in published.stdout
+    assert "Held out:  " in published.stderr and re.search(r"Report:    \S+/report.md\n$", published.stdout)
     runs = home / "training-runs" / "conversation"
     run = runs / os.readlink(runs / "latest")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", run.name)

@@ -80,7 +80,14 @@ def test_an_answer_that_spells_its_control_tokens_is_found(loaded, own_examples)
     assert tokenizer.spelled_out_token(loaded, ids) is None
     spelled = tokenizer.encode(loaded, [str.__str__(piece) + "" for piece in map(str, answer.pieces())])
     assert tokenizer.decode(loaded, spelled) == answer.text
-    assert tokenizer.spelled_out_token(loaded, spelled) == "<start_function_call>"
+    assert tokenizer.spelled_out_token(loaded, spelled) == ("<start_function_call>", 0)
+    whole, letters = answer.text, "<end_function_call>"
+    last = whole.rindex(letters)  # right every time but the last
+    mixed = tokenizer.encode(loaded, answer.pieces())
+    place = len(mixed) - 1 - mixed[::-1].index(loaded.convert_tokens_to_ids(letters))
+    mixed[place : place + 1] = tokenizer.encode(loaded, [letters])
+    assert tokenizer.decode(loaded, mixed) == whole
+    assert tokenizer.spelled_out_token(loaded, mixed) == (letters, last)
 
 
 def test_the_fingerprint_tells_tokenizers_apart(loaded, changed):

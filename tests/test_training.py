@@ -62,6 +62,15 @@ def test_the_logged_loss_is_that_of_its_window_and_the_final_one_that_of_the_las
     assert all(entry["loss"] > 0 and math.isfinite(entry["grad_norm"]) for entry in windows)
 
 
+def test_a_windows_loss_is_the_mean_of_its_steps_and_of_no_others(trained, tmp_path, tiny_folder, easy_data):
+    done = train(tmp_path / "run", tiny_folder, easy_data, "--logging_steps", "1")
+    assert done.returncode == 0, done.stderr
+    steps = [entry["loss"] for entry in RunFolder(tmp_path / "run").read_metrics() if "loss" in entry]
+    windows = [entry["loss"] for entry in trained.read_metrics() if "loss" in entry]
+    assert windows == pytest.approx([(a + b) / 2 for a, b in zip(steps[::2], steps[1::2], strict=True)], rel=1e-4)
+    assert len(set(steps)) == 8
+
+
 def test_the_run_folder_holds_what_the_run_was(trained, easy_data):
     record = trained.read()
     lines = trained.training_data.read_bytes() + trained.held_out_data.read_bytes()
