@@ -24,7 +24,7 @@ for flag in "$@"; do
     case "$flag" in
         -h | --help) sed -n '2,/^set -e/{/^set -e/!s/^# \{0,1\}//p}' RETRAIN.sh; exit 0 ;;
         --resume) resume=(--resume) ;;
-        --run_dir* | --check_data | --json) fail "$flag is not for RETRAIN.sh" "it goes to train_conversation.py" ;;
+        --run_dir* | --check_data | --check_room | --json) fail "$flag is not for RETRAIN.sh" "it goes to train_conversation.py" ;;
         *)
             case "$before" in # a path is meant from where RETRAIN.sh was called
                 --training_data | --base_model) [ "$from" = "$PWD" ] || [ ! -e "$from/$flag" ] || flag="$from/$flag" ;;

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conversation.console import console_kept
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
@@ -44,9 +44,11 @@ def main() -> int:
     run = RunFolder((args.run_dir or newest_run().path).resolve())
     if not run.run_json.exists():
         raise UserError(f"{shown(run.path)} is not a run folder: it has no run.json")
-    if is_published(run, run.read()):
+    record = run.read()
+    if is_published(run, record):
         print(f"{shown(run.path)} is published: it is tested, and nothing in it is changed.")
-        three, _ = test_model(run.merged_model, args.questions)
+        check_merged(run, record)
+        three, _ = test_model(run.merged_model, args.questions, record["tokenizer"]["fingerprint"])
         return conclude(three)
     with hold(run.path), console_kept(run):
         return test_run(run, args.questions, args.resume)
@@ -67,8 +69,7 @@ def test_run(run: RunFolder, questions_file: Path, resume: bool) -> int:
             reporting.write_report(run)  # it may have been stopped between record and report
             return 0
         print(f"The model is tested again: {problem}")
-    if problem := differing_file(run.merged_model, record["merge"]["files"]):
-        raise UserError(f"the merged model is not the one that was verified: {problem}", "merge it again")
+    check_merged(run, record)
     three, questions = test_model(run.merged_model, questions_file, record["tokenizer"]["fingerprint"])
     passed = all(verdict.passed for verdict in three)
     summary = {
@@ -86,6 +87,12 @@ def test_run(run: RunFolder, questions_file: Path, resume: bool) -> int:
     run.update(structural_tests={**summary, "files": {run.structural_tests.name: sha256_file(run.structural_tests)}})
     reporting.write_report(run)
     return conclude(three)
+
+
+def check_merged(run: RunFolder, record: dict[str, Any]) -> None:
+    """Raises UserError unless the merged model is the one that the run's merge has verified."""
+    if problem := differing_file(run.merged_model, record["merge"]["files"]):
+        raise UserError(f"the merged model is not the one that was verified: {problem}", "merge it again")
 
 
 def conclude(three: list[Verdict]) -> int:

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def main() -> int:
             check_disk(new_run_folder(), prepared, bytes_of_attempts())
         return 0
 
-    newest = newest_run(by="console.log") if args.resume and not args.run_dir else new_run_folder()
+    newest = newest_run() if args.resume and not args.run_dir else new_run_folder()
     run = RunFolder((args.run_dir or newest.path).resolve())
     recorded = recorded_run(run) if args.resume else {}
     refuse_published(run, recorded)
@@ -102,7 +103,12 @@ def main() -> int:
         if not begun and IS_MAIN_PROCESS:
             stack.enter_context(hold(run.path))
             stack.enter_context(console_kept(run))
-        return train_in(run, prepared, recorded)
+        try:
+            return train_in(run, prepared, recorded)
+        except UserError:
+            if not begun and IS_MAIN_PROCESS and not run.run_json.exists():
+                shutil.rmtree(run.path)  # refused before the first record: nothing stays
+            raise
 
 
 def recorded_run(run: RunFolder) -> dict[str, Any]:
@@ -114,6 +120,9 @@ def recorded_run(run: RunFolder) -> dict[str, Any]:
 
 
 def refuse_half_precision(args: argparse.Namespace) -> None:
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
+    if precision != "no":
+        raise UserError(f"mixed precision ({precision}) is refused", "train in FP32: --mixed_precision no")
     if args.fp16:
         raise UserError("FP16 is refused: Gemma 3's activations leave its range and turn to NaN", "train in FP32")
     if args.bf16:

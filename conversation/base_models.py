@@ -23,7 +23,7 @@ from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, list_p
 from conversation.files import check_room, differing_file, file_hashes, make_folder, read_json, sha256_file, write_json
 from conversation.function_calls import CONTROL_TOKENS, FORMAT_TOKENS
 from conversation.tokenizer import FUNCTION_GEMMA_IDS, check_control_tokens, load_tokenizer
-from conversation_config import CACHE, LORA_TARGETS, STAND_IN
+from conversation_config import CACHE, LORA_TARGETS, PROJECT, STAND_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +47,8 @@ def find_base_model(name: str) -> Path:
     if name == STAND_IN:
         return prepare_stand_in()
     folder = Path(os.path.expanduser(name))
+    if not folder.exists() and (PROJECT / folder).is_dir():
+        folder = PROJECT / folder  # the name is from a run that was started in the project's folder
     if folder.is_dir():
         return _checked(folder.resolve())
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

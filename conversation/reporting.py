@@ -215,4 +215,6 @@ def _command(record: dict[str, Any]) -> str:
     command = list(record["command"])
     while "--run_dir" in command:  # that folder holds this run
         del command[(at := command.index("--run_dir")) : at + 2]
-    return ("" if command[0] == "torchrun" else "./") + shlex.join(command)
+    if command[0] == "torchrun":
+        return shlex.join([".venv/bin/torchrun", *command[1:]])
+    return shlex.join([".venv/bin/python", *command])

@@ -145,12 +145,9 @@ def new_run_folder(root: Path = TRAINING_RUNS) -> RunFolder:
     return RunFolder(free_name(root, today()))
 
 
-def newest_run(root: Path = TRAINING_RUNS, by: str = "run.json") -> RunFolder:
-    """The run in which the file `by` was written last, attempts included. Raises UserError when there is none.
-
-    console.log is there from the start, run.json once the training has begun.
-    """
-    found = [*root.glob(f"{RUN_NAME}/{by}"), *(root / ATTEMPTS).glob(f"{ATTEMPT_NAME}/{by}")]
+def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
+    """The run whose run.json was written last, attempts included. Raises UserError when there is none."""
+    found = [*root.glob(f"{RUN_NAME}/run.json"), *(root / ATTEMPTS).glob(f"{ATTEMPT_NAME}/run.json")]
     if not found:
         raise UserError(
             f"there is no run in {root}", "train one with train_conversation.py, or name one with --run_dir"

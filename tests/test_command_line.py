@@ -63,6 +63,14 @@ def test_a_bad_flag_is_one_error_and_status_2_and_changes_nothing(tmp_path, flag
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_mixed_precision_is_refused_however_it_is_asked_for(tmp_path, precision):
+    flags = ["--run_dir", tmp_path / "run"]
+    done = run_script("train_conversation.py", *flags, env={"ACCELERATE_MIXED_PRECISION": precision})
+    assert done.returncode == 2 and f"mixed precision ({precision}) is refused" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
     done = run_script(script, "--run_dir", tmp_path)

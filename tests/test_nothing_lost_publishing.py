@@ -194,7 +194,7 @@ def test_a_retrain_that_fails_at_any_stage_leaves_what_was_published_and_keeps_t
         assert "what was published before is untouched" in retrain.output
 
 
-@pytest.mark.parametrize("flags", [["--run_dir", "x"], ["--check_data"], ["--json"]])
+@pytest.mark.parametrize("flags", [["--run_dir", "x"], ["--check_data"], ["--check_room"], ["--json"]])
 def test_retrain_refuses_flags_that_would_lead_its_stages_elsewhere(tmp_path, flags):
     done = subprocess.run(["./RETRAIN.sh", *flags], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 2 and "is not for RETRAIN.sh" in done.stderr
