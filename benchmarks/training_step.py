@@ -132,7 +132,8 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         say("the gradients to compare with")
-        run_in_turns({REFERENCE: Job(base_folder, batches[:1], args.adapters, None, Path(folder) / REFERENCE)})
+        reference = Job(base_folder, batches[:1], args.adapters, args.cuda_memory_gb, Path(folder) / REFERENCE)
+        report["reference_error"] = run_in_turns({REFERENCE: reference})[REFERENCE].get("error")
         jobs = {
             name: Job(base_folder, batches[: 1 + rounds[name]], args.adapters, args.cuda_memory_gb, Path(folder) / name)
             for name in names
@@ -287,6 +288,8 @@ def table(report: dict[str, Any]) -> str:
             number(row["gradient_difference"], ".1e"),
         ]
         lines.append(f"| {VARIANTS[name]} | {' | '.join(cells)} |")
+    if report.get("reference_error"):
+        lines += ["", f"no gradient to compare with: {report['reference_error']}"]
     if "floor" in report:
         least = report["floor"]
         lines += [
@@ -450,9 +453,8 @@ def in_float64(model, batch: list[TokenSequence]) -> None:
     for sequence in batch:
         ids = torch.tensor(sequence.ids, device=model.device)
         marks = torch.tensor(sequence.is_label, device=model.device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double()
-        targets = ids.masked_fill(~marks, -100)[1:]
-        (torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / labels).backward()
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1][marks[1:]].double()
+        (torch.nn.functional.cross_entropy(logits, ids[marks], reduction="sum") / labels).backward()
 
 
 def run_trl(model, job: Job, turns: Turns, per_device: int, kept: bool) -> None:

@@ -532,18 +532,16 @@ class TokenBudget:
 
     tokens: int
 
-    def halve(self) -> None:
-        self.tokens //= 2
+    def halve(self, tried: int) -> None:
+        """After a step of `tried` packed tokens ran out of memory: a budget above that did not bind."""
+        self.tokens = min(self.tokens, tried) // 2
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one effective batch came to. `loss_sum` is in nats over `num_labels` labels, on this process."""
+    """What one effective batch came to on this process."""
 
-    loss_sum: Tensor  # scalar
-    num_labels: int
-    num_tokens: int  # packed
-    num_sequence_tokens: int  # nothing shared
+    loss_sum: Tensor  # scalar, nats
     num_micro_batches: int
 
 
@@ -553,10 +551,12 @@ def backward_in_micro_batches(
     """Adds the gradients of `scale` x (the sum of all label losses) to those of the adapters.
 
     `scale` is 1 / (labels of the whole effective batch); times the number of processes under DDP, which averages.
-    The examples go through in as few micro-batches as `budget` allows. A single example that is longer than the budget
-    goes through with activation checkpointing. When memory runs out, the budget is halved and the step starts again
-    from the gradients and random states it found. Under DDP the gradients are synchronised once, after all this; a
-    process may have no examples. Raises the error of the last attempt when a single example does not fit.
+    The examples go through in groups of neighbours in the prefix tree, each filled as far as `budget` allows. A single
+    example that is longer than the budget goes through with activation checkpointing. When memory runs out, the budget
+    is halved and the step starts again from the gradients and random states it found. (A GPU says that it has run out;
+    on a CPU Linux rather ends the process, and the budget alone is the protection.) Under DDP the gradients are
+    synchronised once, after all this; a process may have no examples. Raises the error of the last attempt when a
+    single example does not fit.
     """
     sequences = [sequence for sequence in sequences if any(sequence.is_label)]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -573,7 +573,7 @@ def backward_in_micro_batches(
             if not should_reduce_batch_size(error) or budget.tokens < shortest:
                 raise  # below the shortest, every example already goes through alone and checkpointed
         # Out of the handler, so that the failed pass is no longer referenced and its memory is free.
-        budget.halve()
+        budget.halve(tried=build_prefix_tree(sequences).num_tokens)
         clear_device_cache(garbage_collection=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
@@ -645,13 +645,7 @@ def _backward_once(model: nn.Module, sequences: Sequence[TokenSequence], scale: 
             loss = shared_prefix_loss(model, tree)
             (loss * scale).backward()
         loss_sum = loss_sum + loss.detach()
-    return StepResult(
-        loss_sum=loss_sum,
-        num_labels=sum(tree.num_labels for tree in trees),
-        num_tokens=sum(tree.num_tokens for tree in trees),
-        num_sequence_tokens=sum(tree.num_sequence_tokens for tree in trees),
-        num_micro_batches=len(trees),
-    )
+    return StepResult(loss_sum, num_micro_batches=len(trees))
 
 
 @contextlib.contextmanager
@@ -662,6 +656,7 @@ def _activation_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
         return
     causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    causal_lm.disable_input_require_grads()  # for reentrant checkpoints; the hook would stay, and cost a gradient
     try:
         yield
     finally:

@@ -236,6 +236,7 @@ class ConversationTrainer(Trainer):
             bf16=False,
             fp16=False,
             tf32=False if torch.cuda.is_available() else None,
+            use_cpu=not torch.cuda.is_available(),  # other accelerators are not known to compute the same
             ddp_broadcast_buffers=False,  # a process that starts its step again must not wait for the others
             report_to=[],
             disable_tqdm=True,
@@ -422,7 +423,10 @@ class _Progress(TrainerCallback):
             self.bar.update()
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last window, however short
-        if self.signal is not None:
+        # All processes stop after the same step, or one would wait for the others in vain.
+        seen = torch.tensor(self.signal or 0, device=args.device)
+        if number := self.trainer.accelerator.gather(seen).max().item():
+            self.signal = signal.Signals(number)
             control.should_save = control.should_training_stop = True
         return control
 

@@ -4,9 +4,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from conftest import PROJECT, easy_lines, run_script
@@ -104,21 +107,26 @@ def test_a_second_run_does_not_eat_the_first(trained, tiny_folder, easy_data):
     assert sha256_file(trained.run_json) == before
 
 
-def test_two_processes_train_what_one_trains(trained, tmp_path, tiny_folder, easy_data):
-    flags = f"--base_model {tiny_folder} --training_data {easy_data} --run_dir {tmp_path / 'run'}".split()
-    # What accelerate launch does for several devices; for several CPU processes it would want MPI.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += [str(PROJECT / "train_conversation.py")]
-    halves = ["--gradient_accumulation_steps", "4", "--lora_dropout", "0"]
-    whole = train(tmp_path / "one", tiny_folder, easy_data, "--lora_dropout", "0")
-    done = subprocess.run(
-        [sys.executable, *launch, *flags, *FLAGS, *halves],
-        capture_output=True,
+def two_processes(base, data, run_dir, *flags):
+    """What accelerate launch does for several devices; for several CPU processes it would want MPI."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", PROJECT / "train_conversation.py"]
+    launch += ["--base_model", base, "--training_data", data, "--run_dir", run_dir, *FLAGS, *flags]
+    return subprocess.Popen(
+        [sys.executable, *map(str, launch)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **ONE_THREAD, "ACCELERATE_USE_CPU": "true"},
-        timeout=300,
     )
-    assert whole.returncode == 0 and done.returncode == 0, done.stderr
+
+
+def test_two_processes_train_what_one_trains(trained, tmp_path, tiny_folder, easy_data):
+    plain = ["--lora_dropout", "0", "--logging_steps", "1"]
+    whole = train(tmp_path / "one", tiny_folder, easy_data, *plain)
+    halves = ["--gradient_accumulation_steps", "4", *plain]
+    with two_processes(tiny_folder, easy_data, tmp_path / "run", *halves) as launcher:
+        _, errors = launcher.communicate(timeout=300)
+    assert whole.returncode == 0 and launcher.returncode == 0, errors
     from safetensors.torch import load_file
 
     one = load_file(tmp_path / "one" / "checkpoints" / "final_lora" / "adapter_model.safetensors")
@@ -127,6 +135,27 @@ def test_two_processes_train_what_one_trains(trained, tmp_path, tiny_folder, eas
         assert torch.allclose(tensor, two[name], rtol=1e-3, atol=2e-5), name
     losses = [RunFolder(tmp_path / name).read()["training"]["held_out_loss"] for name in ("one", "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    steps = [[e for e in RunFolder(tmp_path / name).read_metrics() if "loss" in e] for name in ("one", "run")]
+    for figure in ("loss", "grad_norm"):  # AdamW would forgive a gradient that is twice as long
+        one, two = ([entry[figure] for entry in entries] for entries in steps)
+        assert len(one) == 8 and one == pytest.approx(two, rel=1e-3), figure
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path, tiny_folder, easy_data):
+    run = RunFolder(tmp_path / "run")
+    more = ["--max_steps", "2000", "--save_steps", "1000", "--gradient_accumulation_steps", "4"]
+    with two_processes(tiny_folder, easy_data, run.path, *more) as launcher:
+        deadline = time.monotonic() + 120
+        while not any("loss" in entry for entry in (run.read_metrics() if run.metrics.exists() else [])):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        workers = psutil.Process(launcher.pid).children()
+        (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
+        second.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0 and "stopped by SIGTERM after step" in errors, errors
+    checkpoint, problems = newest_intact_checkpoint(run.checkpoints)
+    assert checkpoint and not problems and f"after step {checkpoint.name.removeprefix('checkpoint-')} of" in errors
 
 
 def test_the_loss_counts_the_answer_or_everything_but_the_first_token():
