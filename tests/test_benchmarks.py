@@ -18,7 +18,7 @@ SMALL = Growth(
 
 
 def test_a_run_prints_a_table_for_people_and_one_json_object_for_programs(tiny_folder, small_data):
-    flags = ["--base_model", tiny_folder, "--training_data", small_data, "--rounds", 1, "--json"]
+    flags = ["--base_model", tiny_folder, "--training_data", small_data, "--rounds", 1, "--trl_rounds", 1, "--json"]
     done = run_script("benchmarks/training_step.py", *flags)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
