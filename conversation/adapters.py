@@ -46,39 +46,55 @@ class FusedLoraLinear(Linear):
         if special or len(names) != 1 or self.lora_bias[names[0]] or base.weight.requires_grad:
             return super().forward(x, *args, **kwargs)
         (name,) = names
-        dropped = self.lora_dropout[name](x)
+        dropout = self.lora_dropout[name]
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LowRankLinear.apply(x, dropped, base.weight, base.bias, a, b, self.scaling[name])
+        return _LowRankLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name], rate)
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x weightᵀ + bias + scaling (dropped aᵀ) bᵀ; `dropped` is x, or x after dropout."""
+    """x weightᵀ + bias + scaling (dropout(x) aᵀ) bᵀ.
+
+    Of the dropout only the mask is kept for the backward pass, a byte for each number of x: x is kept once for all
+    projections that read it, where a product with nn.Dropout's output would keep that output and its mask for each.
+    """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, rate: float
     ) -> Tensor:
         """x [..., in], weight [out, in], bias [out], a [rank, in], b [out, rank] -> [..., out]"""
-        low = dropped.reshape(-1, dropped.shape[-1]) @ a.T
+        # drawn as nn.Dropout draws it on a CPU: the same seed gives the same masks
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate) if rate else None
+        low = _flat(_dropped(x, kept)) @ a.T
         output = nn.functional.linear(x, weight, bias)
-        output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=scaling)
-        ctx.save_for_backward(dropped, low, weight, a, b)
-        ctx.scaling, ctx.same = scaling, dropped is x
+        ctx.scaling = scaling / (1 - rate)
+        output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=ctx.scaling)
+        ctx.save_for_backward(x, kept, low, weight, a, b)
         return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        dropped, low, weight, a, b = ctx.saved_tensors
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        x, kept, low, weight, a, b = ctx.saved_tensors
+        grad = _flat(grad_output)
         grad_low = (grad @ b).mul_(ctx.scaling)
-        grad_a = grad_low.T @ dropped.reshape(-1, dropped.shape[-1])
+        grad_a = grad_low.T @ _flat(_dropped(x, kept))
         grad_b = (low.T @ grad).mul_(ctx.scaling).T  # in this order, as the matrix library is faster at it
-        grad_x = grad_dropped = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
-            if ctx.same:
+            if kept is None:
                 grad_x.addmm_(grad_low, a)
             else:
-                grad_dropped = (grad_low @ a).view_as(dropped)
-            grad_x = grad_x.view_as(dropped)
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+                grad_x.add_(_dropped(grad_low @ a, _flat(kept)))
+            grad_x = grad_x.view_as(x)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _dropped(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x with zeros where it is not kept, not scaled up."""
+    return x if kept is None else torch.where(kept, x, 0.0)

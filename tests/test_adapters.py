@@ -64,6 +64,22 @@ def test_gradients_are_right_numerically():
     assert torch.autograd.gradcheck(ours, (x,))
 
 
+def test_dropout_keeps_one_byte_for_each_number_of_the_input():
+    ours, _ = make_pair(bias=True, dropout=0.4)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *ours.parameters())}
+    sizes = []
+
+    def count(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            sizes.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        ours(x)
+    assert sorted(sizes) == [4 * 6, 4 * 2 * 8]  # the mask; the product of the input and A
+
+
 def test_disabled_and_merged_adapters_are_left_to_peft():
     ours, stock = make_pair(bias=True)
     x = torch.randn(4, 6, dtype=torch.float64)
