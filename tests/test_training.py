@@ -1,5 +1,6 @@
 """Training on a tiny Gemma 3: what is learned, logged, kept and refused."""
 
+import contextlib
 import json
 import math
 import os
@@ -107,17 +108,24 @@ def test_a_second_run_does_not_eat_the_first(trained, tiny_folder, easy_data):
     assert sha256_file(trained.run_json) == before
 
 
+@contextlib.contextmanager
 def two_processes(base, data, run_dir, *flags):
     """What accelerate launch does for several devices; for several CPU processes it would want MPI."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", PROJECT / "train_conversation.py"]
     launch += ["--base_model", base, "--training_data", data, "--run_dir", run_dir, *FLAGS, *flags]
-    return subprocess.Popen(
+    launcher = subprocess.Popen(
         [sys.executable, *map(str, launch)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **ONE_THREAD, "ACCELERATE_USE_CPU": "true"},
     )
+    try:
+        yield launcher
+    finally:  # processes that wait for each other would be waited for
+        for process in (*psutil.Process(launcher.pid).children(), launcher) if launcher.poll() is None else ():
+            process.kill()
+        launcher.communicate()
 
 
 def test_two_processes_train_what_one_trains(trained, tmp_path, tiny_folder, easy_data):
