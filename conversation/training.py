@@ -430,6 +430,11 @@ class _Progress(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_training_stop and state.global_step < state.max_steps:
+            control.should_evaluate = False  # who stops a training does not want to wait for the held-out examples
+        return control
+
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self._write_metrics(state)

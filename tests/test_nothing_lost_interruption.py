@@ -105,6 +105,7 @@ def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_loses_nothing(tmp_pat
     step = int(saved.name.removeprefix("checkpoint-"))
     assert f"error: stopped by {number.name} after step {step} of 12" in first.output
     assert "hint: " in first.output and "--resume" in first.output and "Traceback" not in first.output
+    assert f"held-out loss after step {step}:" not in first.output, "whoever stops it had to wait"
     assert f"stopped by {number.name}" in (run / "console.log").read_text()
     done, output = finished(TRAIN, "--run_dir", run, "--resume", output=tmp_path / "out")
     assert done == 0 and f"Resuming from checkpoint-{step}." in output
