@@ -303,6 +303,12 @@ def command(before: list[str]) -> list[str]:
     return now if before in (now, []) or now[: len(before)] == before else [*before, *given_flags()]
 
 
+def this_start(checkpoint: Path | None, git_commit: str | None) -> dict[str, Any]:
+    """For run.json: when this process began to train, after which step of the run, and with which code."""
+    after = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    return {"time": now(), "after_step": after, "git_commit": git_commit}
+
+
 def given_flags() -> list[str]:
     """The flags of this command but those that say where the run is."""
     flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
@@ -373,7 +379,9 @@ def train_in(run: RunFolder, prepared: Prepared, recorded: dict[str, Any]) -> in
         write_atomically(run.held_out_data, held_out_data)
         if run.retrain_flags.exists():
             keep_flags(run, given_flags())
-        run.update(**record, training=None, merge=None, structural_tests=None)  # those of an earlier end are over
+        starts = [*recorded.get("starts", []), this_start(checkpoint, record["git_commit"])]
+        # what an earlier end left in the last three is over
+        run.update(**record, starts=starts, training=None, merge=None, structural_tests=None)
         print(f"Run folder: {shown(run.path)}")
         print(f"{len(prepared.training)} examples to train on, {len(prepared.held_out)} held out; {prepared.audit}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -200,12 +201,23 @@ def _settings(record: dict[str, Any]) -> str:
         "SHA-256 of the training data": record["data"]["training_sha256"],
         "SHA-256 of the base weights": record["base_model"]["weights_sha256"],
         "tokenizer fingerprint": record["tokenizer"]["fingerprint"],
-        "git commit": record["git_commit"],
+        "git commit": _commits(record),
         "machine": ", ".join(f"{name}: {value}" for name, value in record["machine"].items()),
         "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-        "started": record["started"],
+        "started": _started(record),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(str(value))} |" for name, value in rows.items())])
+
+
+def _commits(record: dict[str, Any]) -> str:
+    """The code that trained, one commit after the other when it changed between the starts of the run."""
+    commits = [str(start["git_commit"]) for start in record.get("starts", [])] or [str(record["git_commit"])]
+    return ", then ".join(commit for commit, _ in itertools.groupby(commits))
+
+
+def _started(record: dict[str, Any]) -> str:
+    later = [f"{start['time']} after step {start['after_step']}" for start in record.get("starts", [])[1:]]
+    return "; resumed ".join([record["started"], *later])
 
 
 def _command(record: dict[str, Any]) -> str:

@@ -65,9 +65,15 @@ def test_training_killed_after_its_last_checkpoint_takes_no_step_more(tmp_path, 
     status, output = finished(TRAIN, "--run_dir", run.path, *flags, *more, output=tmp_path / "first")
     assert status == 0, output
     before, record = adapters(run.path), run.read()["training"]
+    run.update(starts=[{**run.read()["starts"][0], "git_commit": "of-the-beginning"}])
     shutil.rmtree(run.final_lora)
     status, output = finished(TRAIN, "--run_dir", run.path, "--resume", output=tmp_path / "out")
     assert status == 0 and "Resuming from checkpoint-10." in output, output
+    starts = run.read()["starts"]
+    assert [start["after_step"] for start in starts] == [0, 10]
+    report = run.report.read_text()
+    assert f"| git commit | of-the-beginning, then {run.read()['git_commit']} |" in report
+    assert f"; resumed {starts[1]['time']} after step 10 |" in report
     again = run.read()["training"]
     assert adapters(run.path) == before and again["steps"] == 10
     assert [again[name] for name in ("last_window_loss", "held_out_loss")] == [
