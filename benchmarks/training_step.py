@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What one optimizer step of 8 examples costs: our step beside the usual ways, and beside what the hardware allows.
 
-    benchmarks/training_step.py                                   the table, on the embedded stand-in (about 17 minutes)
-    benchmarks/training_step.py --variants completion,ours        only some of the ways (about 5 minutes)
+    benchmarks/training_step.py                                   the table, on the embedded stand-in (about 30 minutes)
+    benchmarks/training_step.py --variants completion,ours        only some of the ways (about 13 minutes)
     benchmarks/training_step.py --json > step.json                one JSON object; the table goes to standard error
     benchmarks/training_step.py --cuda_memory_gb 6                the same on a GPU, with no more memory than that
     benchmarks/training_step.py --growth                          draw benchmarks/training_step.png (about 2 minutes)
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--base_model", default=STAND_IN, help="hub name or local folder (default: %(default)s)")
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
     parser.add_argument("--variants", default=",".join(DEFAULT_VARIANTS), help=f"some of {','.join(VARIANTS)}")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each way (default: %(default)s)")
     parser.add_argument("--trl_rounds", type=int, default=3, help="timed steps of TRL's ways (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples make up the batches")
     parser.add_argument("--adapters", type=Path, help="adapters of a finished training (default: random ones)")
