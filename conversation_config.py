@@ -1,7 +1,8 @@
 """Every path, name and hyperparameter, once.
 
-Precedence: a flag on the command line, then the demo recipe when `--demo` is given, then the defaults below. What a run
-really used stands in its `run.json`. Importing this module is cheap: no torch, no transformers.
+Precedence: a flag on the command line, then the recipe that `--recipe` names, then the defaults below. With `--resume`
+the settings of the run take the place of the defaults. What a run really used is in its `run.json`.
+Importing this module is cheap: no torch, no transformers.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import argparse
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from conversation.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent
 TRAINING_RUNS = PROJECT / "training-runs" / "conversation"
@@ -23,6 +26,9 @@ FUNCTION_GEMMA = "google/functiongemma-270m-it"
 STAND_IN = "gemma-3-270m"
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KEPT_CHECKPOINTS = 3
+MAX_EPOCHS = 100_000
+POLYNOMIAL_END = 1e-7  # where the polynomial schedule of transformers ends
 MAX_NEW_TOKENS = 300  # an answer of 4 + 3 calls takes about 200 tokens
 
 
@@ -86,8 +92,15 @@ class TrainingConfig:
                 problems.append(f"--{name} must be at least 0 and less than 1, not {getattr(self, name)}")
         if self.max_steps != -1 and self.max_steps < 1:
             problems.append(f"--max_steps must be at least 1, or -1, not {self.max_steps}")
-        if not self.num_train_epochs > 0:
-            problems.append(f"--num_train_epochs must be greater than 0, not {self.num_train_epochs}")
+        if not 0 < self.num_train_epochs <= MAX_EPOCHS:
+            problems.append(
+                f"--num_train_epochs must be greater than 0 and at most {MAX_EPOCHS}, not {self.num_train_epochs}"
+            )
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            problems.append(
+                f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: --learning_rate must be greater, "
+                f"not {self.learning_rate}"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -100,25 +113,36 @@ class TrainingConfig:
         """Examples per optimizer step and process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def steps(self, examples: int, processes: int = 1) -> int:
+        """Optimizer steps of a training on so many examples, as transformers' Trainer counts them."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(self.num_train_epochs * math.ceil(examples / (self.examples_per_step * processes)))
 
 
-DEMO_RECIPE: dict[str, Any] = {
-    "base_model": STAND_IN,
-    "gradient_accumulation_steps": 4,  # more, smaller steps: twice the updates for the same arithmetic
-    "max_steps": 210,
-    "learning_rate": 4e-4,
-    "warmup_steps": 10,
-    "lora_dropout": 0.0,  # in less than one epoch there is nothing to overfit
-    "held_out_share": 0.05,
+RECIPES: dict[str, dict[str, Any]] = {
+    "original": {},
+    "demo": {
+        "base_model": STAND_IN,
+        "gradient_accumulation_steps": 4,  # more, smaller steps: twice the updates for the same arithmetic
+        "max_steps": 210,
+        "learning_rate": 4e-4,
+        "warmup_steps": 10,
+        "lora_dropout": 0.0,  # in less than one epoch there is nothing to overfit
+        "held_out_share": 0.05,
+    },
 }
-"""A short recipe that teaches the stand-in the format on two CPU cores. What was tried: benchmarks/README.md."""
+"""Named sets of settings. `original`: the defaults. `demo`: a short recipe that teaches the stand-in the format on two
+CPU cores. What was tried: benchmarks/README.md."""
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of TrainingConfig, with its help and default, and `--demo`."""
-    parser.add_argument("--demo", action="store_true", help=f"the short recipe on the stand-in: {DEMO_RECIPE}")
+    """One flag per field of TrainingConfig, with its help and default, `--recipe` and `--demo`."""
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), help="a named set of settings (default: original)")
+    recipe.add_argument(
+        "--demo", action="store_const", const="demo", dest="recipe", help=f"--recipe demo: {RECIPES['demo']}"
+    )
     for spec in fields(TrainingConfig):
         kind = type(spec.default)
         parser.add_argument(
@@ -131,10 +155,36 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def training_config(args: argparse.Namespace) -> TrainingConfig:
-    """The settings that parsed flags ask for. Raises ValueError."""
+def resolve_settings(args: argparse.Namespace, recorded: TrainingConfig | None = None) -> TrainingConfig:
+    """The settings that parsed flags ask for; `recorded`: those of the run that is resumed. Raises UserError."""
     given = {spec.name: getattr(args, spec.name) for spec in fields(TrainingConfig) if hasattr(args, spec.name)}
-    return TrainingConfig(**{**(DEMO_RECIPE if args.demo else {}), **given})
+    for name in ("base_model", "training_data"):
+        if name in given:
+            given[name] = path_from_anywhere(given[name])
+    try:
+        return replace(recorded or TrainingConfig(), **{**RECIPES[args.recipe or "original"], **given})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def flags_of(config: TrainingConfig) -> list[str]:
+    """The flags that give these settings: the fewest, whichever recipe that takes."""
+    found = []
+    for name, recipe in RECIPES.items():
+        start = TrainingConfig(**recipe)
+        flags = [] if not recipe else ["--demo"] if name == "demo" else ["--recipe", name]
+        for spec in fields(TrainingConfig):
+            if (value := getattr(config, spec.name)) != getattr(start, spec.name):
+                dashed = isinstance(value, str) and value.startswith("-")  # would be taken for a flag
+                flags += [f"--{spec.name}={value}"] if dashed else [f"--{spec.name}", str(value)]
+        found.append(flags)
+    return min(found, key=len)
+
+
+def path_from_anywhere(name: str) -> str:
+    """A path in the working folder, absolute unless that is the project's, so that it is found from elsewhere, too."""
+    path = Path(os.path.expanduser(name))
+    return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT else name
 
 
 def quiet_libraries() -> None:

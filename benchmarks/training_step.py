@@ -17,6 +17,7 @@ in float64; the later ones are timed: forward, backward, AdamW.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -34,16 +35,16 @@ from typing import TYPE_CHECKING, Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from conversation.data.examples import read_training_data  # noqa: E402
 from conversation.errors import CommandLine, UserError, run_main  # noqa: E402
-from conversation.examples import read_training_data  # noqa: E402
-from conversation.machine import environment  # noqa: E402
-from conversation.runs import now  # noqa: E402
+from conversation.runs.folder import now  # noqa: E402
+from conversation.runs.machine import environment  # noqa: E402
 from conversation_config import STAND_IN, TrainingConfig, quiet_libraries  # noqa: E402
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from conversation.shared_prefix import PrefixTree, TokenSequence
+    from conversation.training.prefix_tree import PrefixTree, TokenSequence
 
 VARIANTS = {
     "original": "original recipe: one by one, all tokens",
@@ -109,8 +110,8 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """Runs the ways and gathers what they came to; progress on standard error."""
     import torch
 
-    from conversation.base_models import find_base_model
-    from conversation.shared_prefix import build_prefix_tree
+    from conversation.models.base_models import find_base_model
+    from conversation.training.prefix_tree import build_prefix_tree
 
     rounds = {name: args.trl_rounds if name.startswith("trl") else args.rounds for name in names}
     base_folder = find_base_model(args.base_model)
@@ -118,7 +119,7 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     trees = [build_prefix_tree(batch) for batch in batches[1:]]
     report: dict[str, Any] = {
         "date": now(),
-        **environment(),
+        **dataclasses.asdict(environment()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cuda_memory_gb": args.cuda_memory_gb,
@@ -148,8 +149,8 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
 
 def random_batches(base_folder: Path, data: Path, count: int, seed: int) -> list[list[TokenSequence]]:
     """`count` batches of 8 random examples, with completion loss; no example twice as long as there are enough."""
-    from conversation.tokenizer import encode_example, load_tokenizer
-    from conversation.training import token_sequence
+    from conversation.models.tokenizer import encode_example, load_tokenizer
+    from conversation.training.trainer import token_sequence
 
     examples = read_training_data(data)
     if len(examples) < EXAMPLES:
@@ -350,7 +351,7 @@ def run_variant(name: str, job: Job, connection: Connection) -> None:
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
-    from conversation.training import peak_memory_gb
+    from conversation.training.trainer import peak_memory_gb
 
     torch.backends.cuda.matmul.allow_tf32 = False
     if job.cuda_memory_gb and torch.cuda.is_available():
@@ -381,8 +382,8 @@ def adapted_model(base_folder: Path, trained: Path | None, fused: bool):
     from peft import get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from conversation.adapters import add_adapters, lora_config
-    from conversation.base_models import load_model
+    from conversation.models.adapters import add_adapters, lora_config
+    from conversation.models.weights import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_model(base_folder)
@@ -413,12 +414,8 @@ def run_loop(model, job: Job, turns: Turns, gradients: Callable) -> None:
 
 def sharing(model, max_tokens: int | None = None) -> Callable:
     """Our step, in micro-batches that fit the free memory, or of `max_tokens`."""
-    from conversation.shared_prefix import (
-        TokenBudget,
-        backward_in_micro_batches,
-        measure_token_budget,
-        use_shared_prefix_attention,
-    )
+    from conversation.training.micro_batches import TokenBudget, backward_in_micro_batches, measure_token_budget
+    from conversation.training.shared_prefix import use_shared_prefix_attention
 
     use_shared_prefix_attention(model)
     budget = TokenBudget(max_tokens) if max_tokens else measure_token_budget(model)
@@ -467,7 +464,7 @@ def run_trl(model, job: Job, turns: Turns, per_device: int, kept: bool) -> None:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from conversation.tokenizer import load_tokenizer
+    from conversation.models.tokenizer import load_tokenizer
 
     class Timed(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -646,7 +643,7 @@ def measure_growth(growth: Growth) -> dict[str, Any]:
         panels["turns of history"][depth] = _step_times(model, growth, EXAMPLES, depth)
     for vocabulary in growth.vocabularies:
         panels["vocabulary"][vocabulary] = _step_times(small_model(growth, vocabulary), growth, EXAMPLES, depth=2)
-    return {"date": now(), **environment(), "seconds": panels}
+    return {"date": now(), **dataclasses.asdict(environment()), "seconds": panels}
 
 
 def small_model(growth: Growth, vocabulary: int):
@@ -654,7 +651,7 @@ def small_model(growth: Growth, vocabulary: int):
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    from conversation.adapters import add_adapters
+    from conversation.models.adapters import add_adapters
 
     torch.manual_seed(0)
     config = Gemma3TextConfig(
@@ -673,7 +670,7 @@ def small_model(growth: Growth, vocabulary: int):
 
 def random_examples(growth: Growth, count: int, depth: int, one_tree: bool, vocabulary: int) -> Iterator[TokenSequence]:
     """Examples that share the developer turn and, of one tree, also their history."""
-    from conversation.shared_prefix import TokenSequence
+    from conversation.training.prefix_tree import TokenSequence
 
     draw = random.Random(0)
 
@@ -689,7 +686,7 @@ def random_examples(growth: Growth, count: int, depth: int, one_tree: bool, voca
 
 
 def _step_times(model, growth: Growth, count: int, depth: int) -> dict[str, float]:
-    from conversation.shared_prefix import ATTENTION_NAME
+    from conversation.training.tree_attention import ATTENTION_NAME
 
     ours = sharing(model, max_tokens=2**40)
     ways = {"original": one_by_one(True), "completion": one_by_one(False), "ours": ours, "ours, one tree": ours}

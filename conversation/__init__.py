@@ -1,7 +1,9 @@
-"""What the scripts share: one idea per module, imports running one way.
+"""What the scripts share: a folder a floor, one idea a file; a floor imports from those below it.
 
-trees, function_calls, examples                 conversations and their text; plain Python, no torch
-files, runs, console, machine, publishing       what a run leaves, and how it is kept; no torch either
-tokenizer, base_models, adapters, shared_prefix tokens, weights, the loss of one step
-training, merging, structural_tests, reporting  the stages
+format      the text that a model is trained on and says: values, rendering, parser; no torch
+data        what a model is trained on and asked: trees, training lines, questions, figures; no torch
+runs        what a run leaves behind: folder, record, report, publishing; no torch
+models      tokens and weights: tokenizer, base models, adapters, merging
+training    the loss of one step, and the run of all
+answering   a model that is asked: decoding, verdicts
 """

@@ -1,4 +1,4 @@
-"""What went wrong, said to the person who can mend it."""
+"""What went wrong, told to the person who can correct it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRIED_AND_FAILED = 1  # a test failed, the loss was not finite
 
 
 class UserError(Exception):
-    """Something a user can cause and mend: printed as `error:` and `hint:`, without a traceback.
+    """Something a user can cause and correct: printed as `error:` and `hint:`, without a traceback.
 
     `exit_status` is 2 when nothing was started and 1 when the work was tried and failed.
     """
@@ -47,7 +47,7 @@ def list_problems(problems: list[str], shown: int = 20) -> str:
 _WRONG_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
 
 
-def explained(error: BaseException) -> UserError | None:
+def as_user_error(error: BaseException) -> UserError | None:
     """What ended a script, as an error with a hint and an exit status; None for a defect, which keeps its traceback."""
     if isinstance(error, UserError):
         return error
@@ -76,11 +76,11 @@ def run_main(main: Callable[[], int]) -> None:
             raise UserError("an argument is not UTF-8", "rename the file, or the folder, that it names")
         sys.exit(main())
     except (UserError, KeyboardInterrupt, OSError, ModuleNotFoundError) as error:
-        said = explained(error)
-        print(f"error: {said}", file=sys.stderr)
-        if said.hint:
-            print(f"hint: {said.hint}", file=sys.stderr)
-        sys.exit(said.exit_status)
+        found = as_user_error(error)
+        print(f"error: {found}", file=sys.stderr)
+        if found.hint:
+            print(f"hint: {found.hint}", file=sys.stderr)
+        sys.exit(found.exit_status)
 
 
 def _interrupt(number: int, frame: Any) -> None:

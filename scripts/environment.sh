@@ -4,7 +4,7 @@
 #                                 caller waits until the first has finished.
 
 prepare_environment() {
-    local venv="${VIRTUAL_ENV_DIR:-$PWD/.venv}" base file wanted stamp
+    local venv="$PWD/.venv" base file wanted stamp
     if command -v flock >/dev/null && _something_is_missing "$venv" "$@"; then
         if ! { exec 8>"$venv.lock"; } 2>/dev/null; then
             echo "error: cannot write into $(dirname "$venv")" >&2

@@ -2,7 +2,7 @@
 """Coverage-guided fuzzing of everything that reads what comes from outside: answers, examples, JSONL lines, trees.
 
     python -m venv /tmp/fuzz && /tmp/fuzz/bin/pip install atheris jsonschema==4.26.0
-    /tmp/fuzz/bin/python scripts/fuzz.py -runs=1000000 -max_len=6000 [CORPUS_FOLDER]
+    /tmp/fuzz/bin/python -m scripts.fuzz -runs=1000000 -max_len=6000 [CORPUS_FOLDER]
 
 Stops with the input when a reader raises anything but its own error, or accepts what it does not render back to the
 same bytes, or what a second, simpler reader refuses. Flags are libFuzzer's.
@@ -18,15 +18,14 @@ from pathlib import Path
 
 import atheris
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
 with atheris.instrument_imports(include=["conversation"]):
-    from conversation import strict_json
+    from conversation.data import strict_json
+    from conversation.data.examples import parse_line, read_jsonl, to_jsonl
+    from conversation.data.trees import TreeError, parse_tree, read_trees
     from conversation.errors import UserError
-    from conversation.examples import parse_line, read_jsonl, to_jsonl
-    from conversation.function_calls import CONTROL_PATTERN, FormatError, parse_answer, parse_example
-    from conversation.trees import TreeError, parse_tree, read_trees
+    from conversation.format.control_tokens import CONTROL_PATTERN
+    from conversation.format.parser import FormatError, parse_answer, parse_example
+    from conversation_config import PROJECT
 
 
 CALL = r"<start_function_call>\ncall:%s\{%s\}\n<end_function_call>\n"
@@ -41,9 +40,9 @@ def check_answer(text: str) -> None:
     answer = parse_answer(text)
     assert answer.text == text, "an accepted answer is not rendered back to the same text"
     assert WHOLE.fullmatch(text), "the simple reader refuses an accepted answer"
-    values = [*answer.texts, *(value for c in answer.choices for value in (c.text, c.confidence, c.target))]
+    values = [*answer.fragments, *(value for c in answer.follow_ups for value in (c.text, c.confidence, c.target))]
     assert all(value.strip() and not CONTROL_PATTERN.search(value) for value in values)
-    assert all(0 <= choice.probability <= 1 for choice in answer.choices)
+    assert all(0 <= choice.probability <= 1 for choice in answer.follow_ups)
 
 
 def check_example(text: str) -> None:

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
-from conversation.data_quality import MAX_FOLLOW_UP, MAX_FRAGMENT, assess  # noqa: E402
-from conversation.errors import run_main  # noqa: E402
-from conversation.trees import Tree, read_trees  # noqa: E402
+from conversation.data.quality import MAX_FOLLOW_UP, MAX_FRAGMENT, assess
+from conversation.data.trees import Tree, read_trees
+from conversation.errors import run_main
+from conversation_config import PROJECT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +68,7 @@ def draw_turns(axis: Axes, trees: list[Tree]) -> None:
 
 
 def draw_texts_per_node(axis: Axes, trees: list[Tree]) -> None:
-    counts = sorted(Counter(len(node.texts) for tree in trees for node in tree.nodes.values()).items())
+    counts = sorted(Counter(len(node.fragments) for tree in trees for node in tree.nodes.values()).items())
     total = sum(count for _, count in counts)
     bars = axis.bar([str(n) for n, _ in counts], [count for _, count in counts])
     bars_of(axis, bars, [f"{count / total:.0%}" for _, count in counts])
@@ -82,8 +79,8 @@ def draw_texts_per_node(axis: Axes, trees: list[Tree]) -> None:
 def draw_lengths(axis: Axes, trees: list[Tree]) -> None:
     nodes = [node for tree in trees for node in tree.nodes.values()]
     step = range(0, MAX_FRAGMENT + 4, 4)
-    follow_ups = [len(choice.text) for node in nodes for choice in node.choices]
-    fragments = [len(text) for node in nodes for text in node.texts]
+    follow_ups = [len(choice.text) for node in nodes for choice in node.follow_ups]
+    fragments = [len(text) for node in nodes for text in node.fragments]
     axis.hist(follow_ups, step, color=ORANGE, alpha=0.75, label=f"follow-ups (at most {MAX_FOLLOW_UP})")
     axis.hist(fragments, step, color=BLUE, alpha=0.75, label=f"answer fragments (at most {MAX_FRAGMENT})")
     axis.set_title("Lengths of the texts")
@@ -98,7 +95,7 @@ def draw_confidences(axis: Axes, trees: list[Tree]) -> None:
     nodes = [node for tree in trees for node in tree.nodes.values()]
     step = [i / 100 - 0.005 for i in range(0, 102, 2)]
     for rank, (name, colour) in enumerate((("first", BLUE), ("second", ORANGE), ("third", GREEN))):
-        values = [node.choices[rank].probability for node in nodes]
+        values = [node.follow_ups[rank].probability for node in nodes]
         axis.hist(values, step, color=colour, alpha=0.7, label=f"{name} (mean {sum(values) / len(values):.2f})")
     axis.set_title("Confidence of the three follow-ups")
     axis.set_xlabel("confidence")
@@ -108,7 +105,7 @@ def draw_confidences(axis: Axes, trees: list[Tree]) -> None:
 
 
 def draw_gaps(axis: Axes, trees: list[Tree]) -> None:
-    values = [[choice.probability for choice in node.choices] for tree in trees for node in tree.nodes.values()]
+    values = [[choice.probability for choice in node.follow_ups] for tree in trees for node in tree.nodes.values()]
     gaps = [max(three) - min(three) for three in values]
     mean = sum(gaps) / len(gaps)
     axis.hist(gaps, [i / 100 - 0.005 for i in range(0, 102, 4)], color=GREY)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Do the answers answer their questions? A development check with a small sentence-embedding model.
 
-    scripts/relevance.py                                          our trees
-    scripts/relevance.py --compare ../shared/data/conversation_sample_300.jsonl
+    python -m scripts.relevance                                          our trees
+    python -m scripts.relevance --compare ../shared/data/conversation_sample_300.jsonl
 
 Prints, for examples without and with history, the similarity (cosine of all-MiniLM-L6-v2 embeddings) of the question,
 in context, and its answer, beside the same question with the answer of a sibling: another example that follows the
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
-from conversation.errors import UserError, run_main  # noqa: E402
-from conversation.examples import read_training_data, root_question  # noqa: E402
-from conversation.function_calls import Answer, Example, Utterance  # noqa: E402
+from conversation.data.examples import read_training_data, root_question
+from conversation.errors import UserError, run_main
+from conversation.format.calls import Answer, Example, Utterance
+from conversation_config import PROJECT
 
 PERCENTILES = (5, 25, 50, 75, 95)
 
@@ -92,7 +89,7 @@ def in_context(example: Example) -> str:
 
 
 def said(answer: Answer) -> str:
-    return " ".join(answer.texts)
+    return " ".join(answer.fragments)
 
 
 def measure(examples: list[Example], embed: Embedder, seed: int = 0) -> Relevance:
@@ -102,7 +99,7 @@ def measure(examples: list[Example], embed: Embedder, seed: int = 0) -> Relevanc
     offered = []  # per example the three questions that could have been asked here, in context; none if unknown
     for example in examples:
         before = parent.get(example.prompt.history)
-        offered.append([f"{in_context(before)} {choice.text}" for choice in before.answer.choices] if before else [])
+        offered.append([f"{in_context(before)} {choice.text}" for choice in before.answer.follow_ups] if before else [])
     texts = [*asked, *(said(example.answer) for example in examples), *(text for three in offered for text in three)]
     vectors = dict(zip(texts, embed(texts), strict=True))
     questions = np.stack([vectors[text] for text in asked])
@@ -116,7 +113,7 @@ def measure(examples: list[Example], embed: Embedder, seed: int = 0) -> Relevanc
 
 def path_after(example: Example) -> tuple[Utterance, ...]:
     """The history of the examples that follow this one."""
-    texts = (Utterance("AI", text) for text in example.answer.texts)
+    texts = (Utterance("AI", text) for text in example.answer.fragments)
     return (*example.prompt.history, Utterance("User", example.prompt.question), *texts)
 
 

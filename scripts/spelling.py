@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
-from conversation.errors import UserError, run_main  # noqa: E402
-from conversation.trees import Tree, read_trees  # noqa: E402
+from conversation.data.trees import Tree, read_trees
+from conversation.errors import UserError, run_main
+from conversation_config import PROJECT
 
 WORD = re.compile(r"(?<![\w.=/(\[{<$@#*_-])[a-z]+(?:['’][a-z]+)?(?![\w=/(\[{>*_]|\.\w)")  # a lower-case word, not code
 MAX_TREES = 2
@@ -51,8 +48,8 @@ def texts_of(tree: Tree) -> list[str]:
     nodes = tree.nodes.values()
     return [
         tree.question,
-        *(text for node in nodes for text in node.texts),
-        *(choice.text for node in nodes for choice in node.choices),
+        *(text for node in nodes for text in node.fragments),
+        *(choice.text for node in nodes for choice in node.follow_ups),
     ]
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from conversation.function_calls import Answer, Choice, Example, Prompt, Utterance
+from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
+from conversation_config import FUNCTION_GEMMA
+
+pytest_plugins = ["faults"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLE = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"
@@ -29,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def own_examples():
     """The project's own training examples."""
-    from conversation.examples import read_training_data
+    from conversation.data.examples import read_training_data
 
     return read_training_data(TREES)
 
@@ -48,7 +51,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from conversation.function_calls import CONTROL_PATTERN, CONTROL_TOKENS
+    from conversation.format.control_tokens import CONTROL_PATTERN, CONTROL_TOKENS
 
     special = [
         "<pad>",
@@ -122,7 +125,7 @@ def tiny_folder(tmp_path_factory, own_examples) -> Path:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory, own_examples) -> Path:
     """A JSONL file of 24 real examples from several trees."""
-    from conversation.examples import to_jsonl
+    from conversation.data.examples import to_jsonl
 
     path = tmp_path_factory.mktemp("data") / "small.jsonl"
     path.write_bytes(to_jsonl(own_examples[:24]))
@@ -132,7 +135,7 @@ def small_data(tmp_path_factory, own_examples) -> Path:
 def easy_lines() -> list[Example]:
     """Short examples, with and without history, whose form a tiny model learns within a minute."""
     words = ("red", "blue", "green", "dark", "warm", "cold", "long", "thin", "soft", "hard", "near", "far")
-    choices = tuple(Choice(text, number, name) for text, number, name in EASY_CHOICES)
+    choices = tuple(FollowUp(text, number, name) for text, number, name in EASY_CHOICES)
     examples = []
     for word in words:
         said = (
@@ -148,7 +151,7 @@ def easy_lines() -> list[Example]:
 @pytest.fixture(scope="session")
 def standin_folder() -> Path:
     """The real 270M stand-in, prepared once a machine."""
-    from conversation.base_models import prepare_stand_in
+    from conversation.models.stand_in import prepare_stand_in
 
     return prepare_stand_in()
 
@@ -163,13 +166,13 @@ def run_script(script: str, *flags: object, cwd: Path | None = None, env: dict |
 
 def easy_data_with_real_prompts(own_examples: list[Example]) -> list[Example]:
     """Easy and real prompts that all have one answer: its form is all that there is to learn."""
-    answer = Answer(("It depends.",), easy_lines()[0].answer.choices)
+    answer = Answer(("It depends.",), easy_lines()[0].answer.follow_ups)
     return [Example(example.prompt, answer) for example in [*easy_lines(), *own_examples[::12]]]
 
 
 def make_home(target: Path, own_examples: list[Example]) -> Path:
     """A copy of the project with easy data, in which RETRAIN.sh runs for real in the environment of these tests."""
-    from conversation.examples import to_jsonl
+    from conversation.data.examples import to_jsonl
 
     left_out = shutil.ignore_patterns(".git", ".venv", "training-runs", "__pycache__", ".cache", ".*_cache", "tests")
     shutil.copytree(PROJECT, target, ignore=left_out)
@@ -182,3 +185,13 @@ def make_home(target: Path, own_examples: list[Example]) -> Path:
     stamp = subprocess.run(["cksum"], stdin=open(target / "requirements.txt"), capture_output=True, text=True).stdout
     (environment / "requirements.txt.cksum").write_text(stamp)
     return target
+
+
+def lay_into_hub_cache(home, model_folder, name=FUNCTION_GEMMA):
+    """A hub cache, as a download leaves it, that holds a model folder under a hub name."""
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(model_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return repository / "snapshots" / commit

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import io
 import multiprocessing
 import os
@@ -27,12 +28,16 @@ import psutil
 import pytest
 from conftest import LEARNS, PROJECT, easy_lines, make_home
 
-from conversation.examples import to_jsonl
-from conversation.files import sha256_file
-from conversation.runs import RunFolder
+from conversation.data.examples import to_jsonl
+from conversation.data.statistics import DataStatistics, LengthSummary, StructureCounts
+from conversation.runs.files import sha256_file, write_json
+from conversation.runs.folder import RunFolder
+from conversation.runs.publishing import begin_attempt, find_damaged_result
+from conversation.runs.record import AnswersResult, BaseIdentity, DataIdentity, Environment, RunRecord
+from conversation_config import TrainingConfig
 
 PRELOADED = ["torch", "peft", "accelerate", "transformers", "transformers.models.gemma3.modeling_gemma3"]
-PRELOADED += ["conversation.training", "conversation.merging", "conversation.reporting", "matplotlib.figure"]
+PRELOADED += ["conversation.training.preparation", "conversation.models.merging", "matplotlib.figure"]
 
 TINY = "--max_steps 12 --save_steps 3 --logging_steps 2 --learning_rate 3e-3 --warmup_steps 2 --held_out_share 0.2"
 """A training of seconds, with dropout and several checkpoints; it does not learn enough to pass any test."""
@@ -139,9 +144,9 @@ def leftovers(folder: Path) -> list[Path]:
 
 def bad_numbers_at(call: int, what: str) -> None:
     """At the given call, the loss or the gradients of a step are not finite."""
-    from conversation import training
+    from conversation.training import trainer
 
-    plain, count = training.backward_in_micro_batches, 0
+    plain, count = trainer.backward_in_micro_batches, 0
 
     def spoiled(model, *arguments):
         nonlocal count
@@ -153,14 +158,14 @@ def bad_numbers_at(call: int, what: str) -> None:
             next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
         return result
 
-    training.backward_in_micro_batches = spoiled
+    trainer.backward_in_micro_batches = spoiled
 
 
 def losses_twice_as_large_from(call: int) -> None:
     """From the given step on, the loss is twice what it is."""
-    from conversation import training
+    from conversation.training import trainer
 
-    plain, count = training.backward_in_micro_batches, 0
+    plain, count = trainer.backward_in_micro_batches, 0
 
     def larger(model, *arguments):
         nonlocal count
@@ -168,7 +173,16 @@ def losses_twice_as_large_from(call: int) -> None:
         result = plain(model, *arguments)
         return dataclasses.replace(result, loss_sum=result.loss_sum * (2 if count >= call else 1))
 
-    training.backward_in_micro_batches = larger
+    trainer.backward_in_micro_batches = larger
+
+
+def a_defect_in(module: str, function: str) -> None:
+    """A function of the project raises what nobody expects."""
+
+    def defect(*arguments, **options):
+        raise AssertionError("a defect")
+
+    setattr(importlib.import_module(module), function, defect)
 
 
 def without_the_right_to_write_anywhere() -> None:
@@ -299,7 +313,7 @@ class Retrain:
         return self.process.wait(seconds)
 
     def reached(self, stage: int) -> bool:
-        return f"\n[{stage}/6] " in self.output
+        return f"\n[{stage}/5] " in self.output
 
     def kill(self) -> None:
         """SIGKILL to the shell and to everything below it, as when a machine loses its power."""
@@ -324,13 +338,48 @@ def published(home: Path) -> list[Path]:
     """The published runs: each is whole and passed its tests."""
     found = sorted((home / "training-runs" / "conversation").glob("20*"))
     for path in found:
-        from conversation.publishing import broken_result
-
         run = RunFolder(path)
         record = run.read()
-        assert record["published"] and record["structural_tests"]["passed"] and broken_result(run, record) is None
+        assert record.published and record.structural_tests.passed and find_damaged_result(run, record) is None
         assert run.report.exists() and not leftovers(path)
     return found
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+def some_record(**changes) -> RunRecord:
+    """The record of a run that has just begun, with made-up identities."""
+    lengths = LengthSummary.of([1, 2, 3])
+    counts = StructureCounts(1, 1, 1, 3, {"1": 1}, {"1": 1}, 0)
+    statistics = DataStatistics(
+        **dataclasses.asdict(counts),
+        training_examples=1,
+        held_out_examples=0,
+        token_lengths=lengths,
+        answer_token_lengths=lengths,
+        label_token_share=0.4,
+        maximum_length=2048,
+        examples_changed_by_fix_mistral_regex=0,
+        first_change_by_fix_mistral_regex=None,
+    )
+    record = RunRecord(
+        started="2026-01-02T03:04:05+00:00",
+        config=TrainingConfig(),
+        data=DataIdentity("s", "training", "held out", statistics),
+        base_model=BaseIdentity("m", "weights", "config", "tokenizer", "fingerprint"),
+        environment=Environment({}, {}, "c"),
+        processes=1,
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def finished_attempt(root: Path, passed: bool = True) -> RunFolder:
+    """An attempt at the end of its tests; it has no model."""
+    tests = AnswersResult(passed, 3 if passed else 2, 1, 1, 1, "2026-01-02T04:04:05+00:00", {})
+    run = begin_attempt(root, some_record(structural_tests=tests))
+    write_json(run.structural_tests, {"passed": passed, "tests": [], "held_out": []})
+    return run
 
 
 # --- fixtures that several files use -------------------------------------------------------------------------------

@@ -1,0 +1,99 @@
+"""The verdict on what a model said: the whole answer is judged, and nothing is repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from conversation.answering.decoding import ask
+from conversation.data.questions import Case
+from conversation.format.calls import Answer, repeated
+from conversation.format.parser import FormatError, parse_answer
+from conversation.models.tokenizer import decode, spelled_out_token
+from conversation.runs.record import AskedQuestion
+from conversation.runs.report import mark
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the model said to a case, and what the strict parser makes of it."""
+
+    case: Case
+    output: str
+    answer: Answer | None
+    problem: str | None = None
+    position: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.answer is not None
+
+    @property
+    def has_distinct_follow_ups(self) -> bool:
+        """Whether the answer is valid and its three follow-ups differ in text and in target."""
+        return self.passed and not self._repeated("follow-up") and not self._repeated("target")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a valid answer says more than once, a sentence each."""
+        return [
+            f"{what} {value!r} occurs {count} times"
+            for what in ("fragment", "follow-up", "target")
+            for value, count in self._repeated(what).items()
+        ]
+
+    def _repeated(self, what: str) -> dict[str, int]:
+        if self.answer is None:
+            return {}
+        if what == "fragment":
+            return repeated(self.answer.fragments)
+        return repeated(each.text if what == "follow-up" else each.target for each in self.answer.follow_ups)
+
+    @property
+    def marked_output(self) -> str:
+        """The output with the place marked at which it stops being valid."""
+        return mark(self.output, self.position)
+
+    def for_record(self) -> AskedQuestion:
+        """The verdict as structural_tests.json holds it."""
+        answer = self.answer
+        return AskedQuestion(
+            name=self.case.name,
+            question=self.case.prompt.question,
+            history=tuple({"speaker": line.speaker, "text": line.text} for line in self.case.prompt.history),
+            passed=self.passed,
+            problem=self.problem,
+            position=self.position,
+            warnings=tuple(self.warnings),
+            distinct_choices=self.has_distinct_follow_ups,
+            texts=answer and answer.fragments,
+            choices=answer
+            and tuple(
+                {"text": each.text, "confidence": each.probability, "target": each.target} for each in answer.follow_ups
+            ),
+            output=self.output,
+        )
+
+
+def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Verdict:
+    """The verdict on what a model said, from its token ids."""
+    output = decode(tokenizer, ids)
+    try:
+        answer = parse_answer(output)
+    except FormatError as error:
+        return Verdict(case, output, None, str(error), error.position)
+    if spelled_out := spelled_out_token(tokenizer, ids):
+        token, position = spelled_out
+        problem = f"{token} is spelled out in ordinary tokens instead of being the control token"
+        return Verdict(case, output, None, problem, position)
+    return Verdict(case, output, answer)
+
+
+def run_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> list[Verdict]:
+    """Ask and judge; the cases go through the model in one batch."""
+    answers = ask(model, tokenizer, [case.prompt for case in cases])
+    return [judge(case, tokenizer, ids) for case, ids in zip(cases, answers, strict=True)]

@@ -1,0 +1,111 @@
+"""Training lines: read and check them, hold some out by tree, count what is in them.
+
+Training data is a folder of conversation trees, or a JSONL file with one object per line whose `text` is an example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from conversation.data import strict_json
+from conversation.data.trees import read_trees
+from conversation.errors import UserError, list_problems
+from conversation.format.calls import Example
+from conversation.format.parser import FormatError, parse_example
+
+
+def parse_line(line: str) -> Example:
+    """Read one line of a JSONL file. Raises ValueError that says what is wrong with it."""
+    value = strict_json.loads(line)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    if "text" not in value:
+        raise ValueError("the object has no `text`")
+    text = value["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"`text` is not a string but {type(text).__name__}")
+    if (nul := text.find("\0")) >= 0:
+        raise ValueError(f"`text` holds a NUL character at {nul}")
+    return parse_example(text)
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """Read training lines. Raises UserError that lists every bad line with its number."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if lines[-1] == b"":
+        lines.pop()
+    examples, problems = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = strict_json.decode_utf8(line) if number == 1 else line.decode("utf-8")
+            if not text.strip():
+                raise ValueError("the line is empty")
+            examples.append(parse_line(text))
+        except UnicodeDecodeError as error:
+            problems.append(f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
+        except FormatError as error:
+            problems.append(f"{path}:{number}: not in the text format: {error}")
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}",
+            "the text format is described in data/README.md",
+        )
+    if not examples:
+        raise UserError(f"{path} holds no training example")
+    return examples
+
+
+def read_training_data(path: Path, domains: tuple[str, ...] = ()) -> list[Example]:
+    """Examples from a folder of conversation trees or from a JSONL file. Raises UserError."""
+    if path.is_dir():
+        return [example for tree in read_trees(path, domains) for example in tree.examples()]
+    if not path.exists():
+        raise UserError(f"there is no training data at {path}", "--training_data takes a JSONL file or a tree folder")
+    if domains:
+        raise UserError("--domains needs a folder of conversation trees", f"{path} is a file")
+    return read_jsonl(path)
+
+
+def to_jsonl(examples: Sequence[Example]) -> bytes:
+    """The examples as a JSONL file's bytes, in the form of the original data: ASCII, one `text` per line."""
+    return "".join(json.dumps({"text": example.text}) + "\n" for example in examples).encode("ascii")
+
+
+def root_question(example: Example) -> str:
+    """The first question of the conversation: what the examples of one tree have in common."""
+    return example.prompt.history[0].text if example.prompt.history else example.prompt.question
+
+
+def split_by_tree(examples: Sequence[Example], held_out_share: float) -> tuple[list[Example], list[Example]]:
+    """Split into (training, held-out): whole trees are held out until `held_out_share` of the examples is reached.
+
+    The order of the trees comes from a hash of their root question, so a tree stays on its side when others are added.
+    Both parts keep the order of `examples`. With a share of 0, or a single tree, nothing is held out; else one tree at
+    least is: the first that is not far larger than the share, or the smallest.
+    """
+    sizes = Counter(root_question(example) for example in examples)
+    wanted = held_out_share * len(examples)
+    held_out: set[str] = set()
+    taken = 0
+    for root in sorted(sizes, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if wanted == 0 or len(held_out) + 1 == len(sizes):
+            break
+        if taken + sizes[root] / 2 > wanted:
+            if held_out:
+                break
+            continue
+        held_out.add(root)
+        taken += sizes[root]
+    if not held_out and wanted > 0 and len(sizes) > 1:
+        held_out.add(min(sizes, key=lambda root: (sizes[root], root)))
+    training = [example for example in examples if root_question(example) not in held_out]
+    return training, [example for example in examples if root_question(example) in held_out]

@@ -1,0 +1,186 @@
+"""Conversation trees: read them, check them, walk them into examples.
+
+A tree is one JSON file, `<domain>/<root>.json`: a root question and nodes, each with 1 to 4 texts and 3 choices. The
+format is `data/conversation_tree.schema.json`, which `read_tree` enforces together with what a schema cannot say:
+each target stands once, every node is reached from the root, and by one choice only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conversation.data import strict_json
+from conversation.errors import UserError, list_problems
+from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
+from conversation.format.control_tokens import CONTROL_PATTERN
+from conversation_config import PROJECT
+
+if TYPE_CHECKING:
+    import jsonschema
+
+
+SCHEMA_FILE = PROJECT / "data" / "conversation_tree.schema.json"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A conversation tree. `nodes` maps a node's name to its answer; a choice's target may name a node or nothing."""
+
+    name: str
+    domain: str
+    question: str
+    nodes: dict[str, Answer]
+
+    def walk(self) -> Iterator[tuple[str, Prompt, Answer]]:
+        """Every node as (name, prompt, answer), depth first, children in the order of the choices that name them.
+
+        The user's turn at a child is the text of the choice that leads to it, and at the root the root question.
+        """
+        todo = [(self.name, Prompt(self.question))]
+        while todo:
+            name, prompt = todo.pop()
+            answer = self.nodes[name]
+            yield name, prompt, answer
+            said = (
+                *prompt.history,
+                Utterance("User", prompt.question),
+                *(Utterance("AI", text) for text in answer.fragments),
+            )
+            children = [choice for choice in answer.follow_ups if choice.target in self.nodes]
+            todo += [(choice.target, Prompt(choice.text, said)) for choice in reversed(children)]
+
+    def examples(self) -> list[Example]:
+        """One training example per node, in the order of `walk`."""
+        return [Example(prompt, answer) for _, prompt, answer in self.walk()]
+
+
+class TreeError(ValueError):
+    """A file that is not a conversation tree; `problems` says what is wrong and where in the file."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    import jsonschema
+
+    return jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
+def parse_tree(data: bytes, name: str, domain: str) -> Tree:
+    """Read a tree from a file's bytes. Raises TreeError with every problem found."""
+    try:
+        value = strict_json.loads(strict_json.decode_utf8(data))
+    except strict_json.JsonError as error:
+        raise TreeError([str(error)]) from None
+    problems = [f"{_place(error.absolute_path)}: {_short(error)}" for error in _validator().iter_errors(value)]
+    if problems:
+        raise TreeError(sorted(problems))
+    problems = _structure_problems(value, name)
+    if problems:
+        raise TreeError(problems)
+    nodes = {
+        node_name: Answer(
+            tuple(node["texts"]),
+            tuple(FollowUp(c["text"], f"{c['confidence']:.2f}", c["target"]) for c in node["choices"]),
+        )
+        for node_name, node in value["nodes"].items()
+    }
+    return Tree(value["root"], domain, value["question"], nodes)
+
+
+def read_tree(path: Path) -> Tree:
+    """Read one tree file; its folder names the domain. Raises TreeError, OSError."""
+    return parse_tree(path.read_bytes(), path.stem, path.parent.name)
+
+
+def read_trees(folder: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
+    """Read every `<domain>/<root>.json` below `folder`, sorted by domain and name; only `domains` when given.
+
+    Raises UserError that lists every problem of every file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder of conversation trees at {folder}")
+    present = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if unknown := sorted(set(domains) - set(present)):
+        raise UserError(f"unknown domain: {', '.join(unknown)}", f"the domains in {folder} are: {', '.join(present)}")
+    trees, problems = [], []
+    for domain in domains or present:
+        for path in sorted((folder / domain).glob("*.json")):
+            try:
+                trees.append(read_tree(path))
+            except TreeError as error:
+                problems += [f"{path}: {problem}" for problem in error.problems]
+            except OSError as error:
+                problems.append(f"{path}: cannot be read: {error.strerror}")
+    if problems:
+        raise UserError(f"the conversation trees have {len(problems)} problems:\n{list_problems(problems)}")
+    if not trees:
+        raise UserError(f"no conversation tree in {folder}", "trees are JSON files at <domain>/<root>.json")
+    return sorted(trees, key=lambda tree: (tree.domain, tree.name))
+
+
+def _place(path: Any) -> str:
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return place.lstrip(".") or "the tree"
+
+
+def _short(error: jsonschema.ValidationError) -> str:
+    message = error.message if len(error.message) <= 200 else error.message[:120] + " ... " + error.message[-60:]
+    described = error.schema.get("description") if isinstance(error.schema, dict) else None
+    return f"{message} ({described})" if described else message
+
+
+def _structure_problems(value: dict[str, Any], file_name: str) -> list[str]:
+    """What the schema cannot say, for a value that the schema accepts."""
+    problems = []
+    root, nodes = value["root"], value["nodes"]
+    if root not in nodes:
+        return [f"root: there is no node {root!r}"]
+    if root != file_name:
+        problems.append(f"root: {root!r} does not match the file's name {file_name!r}")
+    problems += _control_token_problems("question", value["question"])
+    named_by: dict[str, str] = {}
+    for name, node in nodes.items():
+        for i, text in enumerate(node["texts"]):
+            problems += _control_token_problems(f"nodes.{name}.texts[{i}]", text)
+        for i, choice in enumerate(node["choices"]):
+            place = f"nodes.{name}.choices[{i}]"
+            problems += _control_token_problems(f"{place}.text", choice["text"])
+            if round(choice["confidence"], 2) != choice["confidence"]:
+                problems.append(f"{place}.confidence: {choice['confidence']} has more than two decimals")
+            target = choice["target"]
+            if target == root:
+                problems.append(f"{place}.target: {target!r} leads back to the root: a cycle")
+            if target in named_by:
+                problems.append(f"{place}.target: {target!r} is the target of {named_by[target]} too")
+            named_by[target] = place
+    orphans = [name for name in nodes if name != root and name not in named_by]
+    problems += [f"nodes.{name}: an orphan, no choice leads to it" for name in orphans]
+    if not problems:
+        reached = _reached(root, nodes)
+        cycle = [name for name in nodes if name not in reached]
+        problems += [f"nodes.{name}: part of a cycle that the root does not reach" for name in cycle]
+    return problems
+
+
+def _reached(root: str, nodes: dict[str, Any]) -> set[str]:
+    reached, todo = set(), [root]
+    while todo:
+        name = todo.pop()
+        if name in nodes and name not in reached:
+            reached.add(name)
+            todo += [choice["target"] for choice in nodes[name]["choices"]]
+    return reached
+
+
+def _control_token_problems(place: str, text: str) -> list[str]:
+    found = CONTROL_PATTERN.search(text)
+    return [f"{place}: control token {found[0]} at character {found.start()}"] if found else []

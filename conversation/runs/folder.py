@@ -1,0 +1,255 @@
+"""The run folder: what a run leaves behind, and working in it.
+
+    training-runs/conversation/
+        2026-11-22/          a published run: trained, merged, tested, nothing of it half-written
+        2026-11-22-2/        the second one of that day
+        latest -> 2026-11-22-2
+        attempts/            runs under way, and failed ones with their log, until the next retrain cleans them
+
+`run.json` is rewritten as a whole after each stage and never in place: a reader sees the old or the new one. It holds
+its own SHA-256 and those of the files that later stages use: a changed bit is found before it does harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversation.data import strict_json
+from conversation.errors import NOT_STARTED, UserError
+from conversation.runs.console import logged_console
+from conversation.runs.files import (
+    find_damage,
+    make_folder,
+    read_json,
+    sha256_file,
+    shown,
+    write_atomically,
+    write_json,
+)
+from conversation.runs.lock import LOCK_FILE, locked_folder
+from conversation.runs.machine import is_first_process
+from conversation.runs.record import AnswersReport, AnswersResult, RunRecord, from_json, now
+from conversation_config import TRAINING_RUNS
+
+ATTEMPTS = "attempts"
+ATTEMPT_NAME = "????-??-??_??-??-??*"
+RUN_NAME = "????-??-??*"  # not example-...
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def training_data(self) -> Path:
+        return self.path / "training_data.jsonl"
+
+    @property
+    def held_out_data(self) -> Path:
+        return self.path / "held_out_data.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_lora(self) -> Path:
+        return self.checkpoints / "final_lora"
+
+    @property
+    def merged_model(self) -> Path:
+        return self.path / "merged_model_fp32"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.path / "loss_curve.png"
+
+    @property
+    def structural_tests(self) -> Path:
+        return self.path / "structural_tests.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def console_log(self) -> Path:
+        return self.path / "console.log"
+
+    @property
+    def is_attempt(self) -> bool:
+        return self.path.parent.name == ATTEMPTS
+
+    # --- its record ---
+
+    def check_unused(self) -> None:
+        """Raises UserError when the folder holds a run, or anything else."""
+        if self.run_json.exists():
+            raise UserError(
+                f"{shown(self.path)} holds a run already", "go on with it: --resume; or name another --run_dir"
+            )
+        if self.path.exists():
+            others = [path.name for path in self.path.iterdir() if path.name != LOCK_FILE]
+            if others:
+                raise UserError(
+                    f"{shown(self.path)} is not empty: it holds {others[0]}", "name a new folder with --run_dir"
+                )
+
+    def create(self, record: RunRecord) -> None:
+        """Make the folder together with its record: killed at any moment, both are there or neither is.
+
+        Raises UserError when something else is there already.
+        """
+        self.check_unused()
+        if self.path.exists():
+            write_atomically(self.run_json, record.to_json())
+            return
+        make_folder(self.path.parent)
+        part = RunFolder(self.path.with_name(f".{self.path.name}.{os.getpid()}.part"))
+        make_folder(part.path)
+        write_atomically(part.run_json, record.to_json())
+        try:
+            os.rename(part.path, self.path)
+        except OSError:
+            shutil.rmtree(part.path)
+            self.check_unused()  # another process was faster
+            raise
+
+    def read(self) -> RunRecord:
+        """run.json. Raises UserError when it is missing or broken."""
+        if not self.run_json.exists():
+            raise UserError(
+                f"{shown(self.path)} is not a run folder: it has no run.json", "train_conversation.py makes one"
+            )
+        value = read_json(self.run_json)
+        try:
+            return RunRecord.from_json(value)
+        except ValueError as error:
+            raise UserError(
+                f"{self.run_json} is broken: {error}", "bring it back from a backup, or start a new run"
+            ) from None
+
+    def write(self, record: RunRecord) -> None:
+        write_atomically(self.run_json, record.to_json())
+
+    def read_unpublished(self) -> RunRecord:
+        """run.json of a run that may be changed. Raises UserError when it is published."""
+        record = self.read()
+        if self.is_published(record):
+            raise UserError(
+                f"{shown(self.path)} is published: it is not changed any more", "name another with --run_dir"
+            )
+        return record
+
+    def is_published(self, record: RunRecord) -> bool:
+        """Whether the run has its final name. An attempt that was stopped while it was published has not."""
+        return record.published is not None and not self.is_attempt
+
+    # --- its other files ---
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The logged metrics, one dictionary a line of metrics.jsonl. Raises UserError."""
+        training = self.read().training
+        if training and (problem := find_damage(self.path, training.files)):
+            raise UserError(problem, "train_conversation.py --resume writes it again from the newest checkpoint")
+        if not self.metrics.exists():
+            return []
+        entries = []
+        for number, line in enumerate(self.metrics.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                entries.append(strict_json.loads(strict_json.decode_utf8(line)))
+            except strict_json.JsonError as error:
+                raise UserError(f"{self.metrics}:{number}: {error}") from None
+        return entries
+
+    def read_tests(self) -> AnswersReport:
+        """structural_tests.json. Raises UserError."""
+        value = read_json(self.structural_tests)
+        try:
+            return from_json(AnswersReport, {name: value.get(name) for name in ("tests", "held_out")})
+        except ValueError as error:
+            raise UserError(f"{self.structural_tests} is broken: {error}", "test the model again") from None
+
+    def write_tests(self, report: AnswersReport) -> AnswersResult:
+        """Write structural_tests.json; returns what run.json says of it."""
+        counts = {
+            "passed": all(test.passed for test in report.tests),
+            "passed_tests": sum(test.passed for test in report.tests),
+            "held_out_questions": len(report.held_out),
+            "held_out_valid": sum(asked.passed for asked in report.held_out),
+            "held_out_distinct": sum(asked.distinct_choices for asked in report.held_out),
+            "finished": now(),
+        }
+        write_json(self.structural_tests, {**counts, **dataclasses.asdict(report)})
+        return AnswersResult(**counts, files={self.structural_tests.name: sha256_file(self.structural_tests)})
+
+    # --- working in it ---
+
+    @contextlib.contextmanager
+    def at_work(self, new: bool = False) -> Iterator[RunRecord]:
+        """Lock the folder, log what is printed, and read the record. `new`: a run that is refused leaves no folder.
+
+        Of several processes the first one does this for all. Raises UserError when the folder is no run, when the run
+        is published, and when another process works in it.
+        """
+        self.read_unpublished()  # before a lock file is made
+        if not is_first_process():
+            yield self.read_unpublished()
+            return
+        with locked_folder(self.path), logged_console(self.console_log):
+            try:
+                yield self.read_unpublished()
+            except UserError as error:
+                if new and error.exit_status == NOT_STARTED:
+                    shutil.rmtree(self.path)
+                raise
+
+
+# --- which run ------------------------------------------------------------------------------------------------------
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """`folder/name`, or with -2, -3, ... appended when that is taken."""
+    candidate, number = folder / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder / f"{name}-{number}"
+    return candidate
+
+
+def new_run_folder(root: Path = TRAINING_RUNS) -> RunFolder:
+    """The name of a new run of today; nothing is made yet."""
+    return RunFolder(free_name(root, datetime.date.today().isoformat()))
+
+
+def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
+    """The run whose run.json was written last, attempts included. Raises UserError when there is none."""
+    found = [*root.glob(f"{RUN_NAME}/run.json"), *(root / ATTEMPTS).glob(f"{ATTEMPT_NAME}/run.json")]
+    if not found:
+        raise UserError(
+            f"there is no run in {root}", "train one with train_conversation.py, or name one with --run_dir"
+        )
+    return RunFolder(max(found, key=lambda path: path.stat().st_mtime).parent.resolve())
+
+
+def named_run(run_dir: Path | None) -> RunFolder:
+    """The run of a `--run_dir` flag: that folder, or the newest run."""
+    return RunFolder(run_dir.resolve()) if run_dir else newest_run()

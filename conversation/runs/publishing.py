@@ -1,0 +1,140 @@
+"""Attempts, and how one of them becomes the published run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
+from conversation.runs import report
+from conversation.runs.files import cannot_write, find_damage, make_folder, remove_leftovers, shown, write_atomically
+from conversation.runs.folder import ATTEMPT_NAME, ATTEMPTS, RunFolder, free_name
+from conversation.runs.lock import lock_file, locked_folder
+from conversation.runs.record import RunRecord, now
+from conversation_config import TRAINING_RUNS
+
+LATEST = "latest"
+PUBLISHING = ".publishing"  # in attempts/, while a run gets its name and `latest` still points at the one before
+
+
+def bytes_of_attempts(root: Path = TRAINING_RUNS) -> int:
+    """The disk space that the next attempt will free: it cleans the attempts before it."""
+    attempts = (root / ATTEMPTS).glob(ATTEMPT_NAME)
+    return sum(path.lstat().st_size for attempt in attempts for path in attempt.rglob("*") if path.is_file())
+
+
+def begin_attempt(root: Path, record: RunRecord) -> RunFolder:
+    """Clean the leftovers of earlier attempts, and nothing else; make the folder of a new one, with its record.
+
+    Stopped at any moment, what has an attempt's name is a whole attempt. Raises UserError when an attempt is in use.
+    """
+    attempts = root / ATTEMPTS
+    make_folder(attempts)
+    remove_leftovers(attempts)
+    for leftover in sorted(attempts.glob(ATTEMPT_NAME)):
+        if leftover.is_dir() and not leftover.is_symlink():
+            with locked_folder(leftover):
+                doomed = leftover.rename(leftover.with_name(f".{leftover.name}.part"))
+            shutil.rmtree(doomed)
+    attempt = RunFolder(free_name(attempts, time.strftime("%Y-%m-%d_%H-%M-%S")))
+    attempt.create(record)
+    return attempt
+
+
+def newest_attempt(root: Path = TRAINING_RUNS) -> RunFolder | None:
+    """The attempt to go on with; None when there is none, or the last one was published."""
+    found = sorted(path for path in (root / ATTEMPTS).glob(ATTEMPT_NAME) if path.is_dir())
+    return RunFolder(found[-1]) if found else None
+
+
+def publish(attempt: RunFolder, root: Path) -> RunFolder:
+    """Give a finished attempt its final name and point `latest` at it. Raises UserError unless it passed its tests.
+
+    A reader sees the run under its final name whole or not at all. Stopped between the two steps, `latest` still points
+    at the run before; `finish_publishing` corrects that.
+    """
+    with attempt.at_work() as record:
+        if not (record.structural_tests and record.structural_tests.passed):
+            raise UserError(f"{shown(attempt.path)} has not passed its tests: not published", "", TRIED_AND_FAILED)
+        if problem := find_damaged_result(attempt, record):
+            raise UserError(f"not published: {problem}", "./RETRAIN.sh --resume makes it again", TRIED_AND_FAILED)
+        attempt.write(dataclasses.replace(record, published=now()))
+        report.write_report(attempt)
+        final = free_name(root, record.started[:10])
+        marker = root / ATTEMPTS / PUBLISHING
+        write_atomically(marker, final.name.encode())
+        try:
+            os.rename(attempt.path, final)
+            _point_latest_at(final)
+            marker.unlink()
+        except OSError as error:
+            raise cannot_write(final, error, 0) from None
+    return RunFolder(final)
+
+
+def find_damaged_result(run: RunFolder, record: RunRecord) -> str | None:
+    """The first of a run's results that is not as its stage left it, as a sentence."""
+    training, merge, tests = record.training, record.merge, record.structural_tests
+    if merge and training and merge.adapter_files != training.adapter_files:
+        return f"{run.merged_model} was made with other adapters"
+    folders = (
+        (run.final_lora, training.adapter_files if training else {}),
+        (run.merged_model, merge.files if merge else {}),
+        (run.path, training.files if training else {}),
+        (run.path, tests.files if tests else {}),
+    )
+    return next((problem for folder, files in folders if (problem := find_damage(folder, files))), None)
+
+
+def finish_publishing(root: Path) -> None:
+    """Point `latest` at a run that got its name and not the pointer, because publishing it was stopped in between."""
+    marker = root / ATTEMPTS / PUBLISHING
+    if marker.exists():
+        final = root / marker.read_text(encoding="utf-8")
+        if final.is_dir():
+            _point_latest_at(final)
+        marker.unlink()
+
+
+def _point_latest_at(run: Path) -> None:
+    """Replace the `latest` link beside a run in one step."""
+    link = run.parent / f".{LATEST}.part"
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.name)
+    os.replace(link, run.parent / LATEST)
+
+
+def main() -> int:
+    """`python -m conversation.runs.publishing lock|newest|publish`: the bookkeeping of RETRAIN.sh."""
+    parser = CommandLine("the bookkeeping of RETRAIN.sh", prog="conversation.runs.publishing")
+    parser.add_argument("--root", type=Path, default=TRAINING_RUNS, help="folder of the runs")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("lock", help="lock the open file descriptor given").add_argument("descriptor", type=int)
+    commands.add_parser("newest", help="print the folder of the newest attempt, nothing when there is none")
+    commands.add_parser("publish", help="give the newest attempt its final name")
+    args = parser.parse_args()
+    if args.command == "lock":
+        # The lock belongs to the open file that RETRAIN.sh and its children share: it outlives this process.
+        with open(args.descriptor, "a+", encoding="utf-8", closefd=False) as file:
+            lock_file(file, args.root, os.getppid())
+        finish_publishing(args.root)
+        return 0
+    attempt = newest_attempt(args.root)
+    if args.command == "newest":
+        print(attempt.path if attempt else "")
+        return 0
+    if attempt is None:
+        raise UserError("there is no attempt to publish", "begin one: ./RETRAIN.sh")
+    published = publish(attempt, args.root)
+    print(report.summary(published.read()), file=sys.stderr)
+    print(f"Published: {shown(published.path)} (and {shown(args.root / LATEST)})")
+    print(f"Report:    {shown(published.report)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,282 @@
+"""run.json as a value: what a run was made with, and what its stages found.
+
+This module is the only one that knows the keys of run.json and of structural_tests.json; they are the names of the
+fields below. The record is born with the run folder and holds the resolved settings. Each stage adds its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+from conversation.data.statistics import DataStatistics
+from conversation.errors import UserError
+from conversation_config import TrainingConfig
+
+T = TypeVar("T")
+
+
+def now() -> str:
+    """The time in ISO 8601, to the second, with the offset of the local time zone."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+# --- what a run was made with ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base model it is: hashes of its files, and the fingerprint of its tokenizer's ids."""
+
+    name: str
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str
+    tokenizer_fingerprint: str
+
+    def differences(self, other: BaseIdentity) -> list[str]:
+        """Each part in which `other` is another model, its name and place aside, as a sentence."""
+        parts = {
+            "weights_sha256": "the base model's weights",
+            "config_sha256": "the base model's config.json",
+            "tokenizer_sha256": "the file tokenizer.json",
+            "tokenizer_fingerprint": "the tokenizer",
+        }
+        return _differences(parts, self, other)
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """Which data it is: where it came from, hashes of the training lines and the held-out lines, and counts."""
+
+    source: str
+    training_sha256: str
+    held_out_sha256: str
+    statistics: DataStatistics
+
+    def differences(self, other: DataIdentity) -> list[str]:
+        """Each part in which `other` is other data, as a sentence."""
+        parts = {"training_sha256": "the training data", "held_out_sha256": "the held-out data"}
+        return _differences(parts, self, other)
+
+
+def _differences(parts: dict[str, str], before: object, current: object) -> list[str]:
+    pairs = ((what, getattr(before, name), getattr(current, name)) for name, what in parts.items())
+    return [f"{what}: the run has {old[:12]}, now {new[:12]}" for what, old, new in pairs if old != new]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions of the packages, the machine, the project's git commit (None outside a repository)."""
+
+    versions: dict[str, str]
+    machine: dict[str, str | int | float]
+    git_commit: str | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """When a process began to train, after which step of the run, and with which code."""
+
+    time: str
+    after_step: int
+    git_commit: str | None
+
+
+# --- what its stages found ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The figures of a finished training. Losses in nats per label token; hashes of the files that it left."""
+
+    steps: int
+    first_window_loss: float
+    last_window_loss: float
+    held_out_loss_before: float | None
+    held_out_loss: float | None
+    seconds: float
+    peak_memory_gb: float
+    adapter_files: dict[str, str]
+    files: dict[str, str]
+    finished: str
+
+    def __str__(self) -> str:
+        held_out = f", {self.held_out_loss:.3f} held out" if self.held_out_loss is not None else ""
+        return (
+            f"Trained {self.steps} steps in {self.seconds / 60:.1f} minutes: loss {self.first_window_loss:.3f} in the "
+            f"first window, {self.last_window_loss:.3f} in the last{held_out}."
+        )
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The figures of a merge. `largest_logit_difference` is absolute, `largest_logit` is what to compare it with."""
+
+    prompts: int
+    largest_logit_difference: float
+    largest_logit: float
+    model_bytes: int
+    peak_memory_bytes: int
+    files: dict[str, str]
+    adapter_files: dict[str, str]
+    finished: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model_bytes / 1e9:.2f} GB. On {self.prompts} prompts the logits differ from base + adapters by at "
+            f"most {self.largest_logit_difference:.1e} (largest logit {self.largest_logit:.1f}), greedy continuations "
+            f"are equal. Peak memory {self.peak_memory_bytes / 1e9:.2f} GB, "
+            f"{self.peak_memory_bytes / self.model_bytes:.2f} times the model."
+        )
+
+
+@dataclass(frozen=True)
+class AnswersResult:
+    """How many structural tests passed, and how many of the held-out questions got a valid answer."""
+
+    passed: bool
+    passed_tests: int
+    held_out_questions: int
+    held_out_valid: int
+    held_out_distinct: int
+    finished: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """One question, what the model said, and the verdict. `position`: the character at which it stops being valid."""
+
+    name: str
+    question: str
+    history: tuple[dict[str, str], ...]
+    passed: bool
+    problem: str | None
+    position: int | None
+    warnings: tuple[str, ...]
+    distinct_choices: bool
+    texts: tuple[str, ...] | None
+    choices: tuple[dict[str, str | float], ...] | None
+    output: str
+
+
+@dataclass(frozen=True)
+class AnswersReport:
+    """structural_tests.json: every question that was asked, the three tests first."""
+
+    tests: tuple[AskedQuestion, ...]
+    held_out: tuple[AskedQuestion, ...]
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """run.json. A result is None until its stage is finished, and again when an earlier stage is done anew."""
+
+    started: str
+    config: TrainingConfig
+    data: DataIdentity
+    base_model: BaseIdentity
+    environment: Environment
+    processes: int
+    starts: tuple[Start, ...] = ()
+    training: TrainingResult | None = None
+    merge: MergeResult | None = None
+    structural_tests: AnswersResult | None = None
+    published: str | None = None
+
+    @property
+    def started_at(self) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(self.started)
+
+    def with_start(self, after_step: int) -> RunRecord:
+        """The record of the run as it begins to train, or goes on, after a step; later stages have to be done anew."""
+        start = Start(now(), after_step, self.environment.git_commit)
+        return dataclasses.replace(self, starts=(*self.starts, start), training=None, merge=None, structural_tests=None)
+
+    @property
+    def commits(self) -> list[str]:
+        """The code that trained: one commit after the other where it changed between the starts of the run."""
+        commits = [str(start.git_commit) for start in self.starts] or [str(self.environment.git_commit)]
+        return [commit for commit, _ in itertools.groupby(commits)]
+
+    def to_json(self) -> bytes:
+        """The bytes of run.json, which hold their own SHA-256."""
+        value = dataclasses.asdict(self)
+        return (json.dumps({**value, "sha256": _hash(value)}, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> RunRecord:
+        """Raises ValueError that says what is wrong with it."""
+        value = dict(value)
+        if value.pop("sha256", None) != _hash(value):
+            raise ValueError("its content is not what its SHA-256 was taken of")
+        return from_json(RunRecord, value)
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """A value of one of the classes above from parsed JSON. Raises ValueError that names the keys that do not fit."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'the object'}: {e['msg']}" for e in error.errors()]
+        raise ValueError("; ".join(problems[:5])) from None
+
+
+@cache
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _hash(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+HARMLESS_CHANGES = ("logging_steps", "save_steps")
+LENGTH = ("num_train_epochs", "max_steps")
+
+
+def changes_on_resume(record: RunRecord, current: RunRecord) -> list[str]:
+    """What changes harmlessly when a run goes on with the settings of `current`: one sentence each.
+
+    Raises UserError that names each difference which would make it another run.
+    """
+    harmless, refused = [], []
+    for spec in dataclasses.fields(TrainingConfig):
+        before, value = getattr(record.config, spec.name), getattr(current.config, spec.name)
+        if before != value and spec.name in HARMLESS_CHANGES:
+            harmless.append(f"--{spec.name} is now {value}, was {before}: harmless, the run goes on")
+        elif before != value and spec.name not in LENGTH:
+            refused.append(f"--{spec.name}: the run has {before}, now {value}")
+    before, steps = (
+        each.config.steps(current.data.statistics.training_examples, current.processes) for each in (record, current)
+    )
+    if steps < before:
+        refused.append(f"the run is {before} steps long, now {steps}: it can be made longer, not shorter")
+    elif steps > before:
+        harmless.append(f"The run is now {steps} steps long, was {before}: harmless, it goes on.")
+    if record.processes != current.processes:
+        refused.append(f"processes: the run has {record.processes}, now {current.processes}")
+    refused += record.data.differences(current.data) + record.base_model.differences(current.base_model)
+    if refused:
+        problems = "\n".join(f"  {problem}" for problem in refused)
+        raise UserError(
+            f"the run cannot be resumed with other settings:\n{problems}",
+            "leave the flags out to go on as before, or train a new run",
+        )
+    return harmless

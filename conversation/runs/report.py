@@ -1,0 +1,191 @@
+"""What a person reads after a run: report.md, made from the files of the run folder alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+
+from conversation.errors import UserError
+from conversation.runs.files import write_atomically
+from conversation.runs.folder import RUN_NAME, RunFolder
+from conversation.runs.loss_curve import draw_loss_curve
+from conversation.runs.record import AnswersReport, RunRecord
+from conversation_config import flags_of
+
+STOPS_HERE = "⟦stops being valid here⟧"
+
+
+def write_report(run: RunFolder) -> None:
+    """Draw loss_curve.png and write report.md from what the run folder holds so far."""
+    record = run.read()
+    draw_loss_curve(run.read_metrics(), record.config.loss_on, run.loss_curve)
+    tests = run.read_tests() if record.structural_tests else None
+    parts = [
+        f"# Training run of {record.started[:10]}",
+        _overview(record),
+        "![Training and held-out loss over epochs](loss_curve.png)",
+        "## Figures",
+        _figures(record, previous_run(run, record)),
+        "## The three structural tests",
+        _tests(tests),
+        "## Held-out questions",
+        _held_out(tests),
+        "## What it was trained with",
+        _settings(record),
+        "## Repeat it",
+        _verbatim(command_that_repeats(record)),
+    ]
+    write_atomically(run.report, ("\n\n".join(parts) + "\n").encode())
+
+
+def summary(record: RunRecord) -> str:
+    """A finished run in three lines, for the console."""
+    training, tests = record.training, record.structural_tests
+    if not training or not tests:
+        return "The run is not finished."
+    held_out = f", held out {training.held_out_loss:.3f}" if training.held_out_loss is not None else ""
+    return (
+        f"\nLoss:      {training.first_window_loss:.3f} to {training.last_window_loss:.3f}{held_out}; "
+        f"{training.steps} steps in {training.seconds / 60:.1f} minutes\n"
+        f"Tests:     {tests.passed_tests} of 3 structural tests passed\n"
+        f"Held out:  {tests.held_out_valid} of {tests.held_out_questions} questions answered in valid form, "
+        f"{tests.held_out_distinct} with three distinct follow-ups"
+    )
+
+
+def command_that_repeats(record: RunRecord) -> str:
+    """The command that makes a run with the same settings: RETRAIN.sh for a published run, else the training alone."""
+    flags = flags_of(record.config)
+    if record.published:
+        return shlex.join(["./RETRAIN.sh", *flags])
+    launcher = [".venv/bin/python"]
+    if record.processes > 1:
+        launcher = [".venv/bin/torchrun", "--nproc_per_node", str(record.processes)]
+    return shlex.join([*launcher, "train_conversation.py", *flags])
+
+
+def previous_run(run: RunFolder, record: RunRecord) -> tuple[str, RunRecord] | None:
+    """Name and record of the published run before this one; None when there is none."""
+    root = run.path.parent.parent if run.is_attempt else run.path.parent
+    found: list[tuple[str, RunRecord]] = []
+    for path in root.glob(f"{RUN_NAME}/run.json"):
+        try:
+            other = RunFolder(path.parent).read()
+        except UserError:
+            continue  # a broken record of another run does not spoil this one's report
+        if other.published and other.started_at < record.started_at:
+            found.append((path.parent.name, other))
+    return max(found, key=lambda named: named[1].started_at, default=None)
+
+
+def _overview(record: RunRecord) -> str:
+    training = record.training
+    if not training:
+        return f"Training of `{record.config.base_model}` under way or stopped: no final figures yet."
+    text = (
+        f"`{record.config.base_model}`, LoRA-trained for {training.steps} steps on "
+        f"{record.data.statistics.training_examples} examples: the training loss went from "
+        f"{training.first_window_loss:.3f} in the first window to {training.last_window_loss:.3f} in the last"
+    )
+    if training.held_out_loss is not None:
+        text += f", the loss on held-out trees is {training.held_out_loss:.3f}"
+    if record.structural_tests:
+        return f"{text}. **{record.structural_tests.passed_tests} of 3 structural tests passed.**"
+    return f"{text}. The model is merged and verified, not tested yet." if record.merge else f"{text}. Not merged yet."
+
+
+def _figures(record: RunRecord, before: tuple[str, RunRecord] | None) -> str:
+    """A table of this run's figures beside those of the run before."""
+    earlier = _figure_values(before[1]) if before else {}
+    head = f"| | this run | {before[0]} |\n|---|---|---|" if before else "| | this run |\n|---|---|"
+    rows = [
+        f"| {name} | {value} | {earlier.get(name, '')} |" if before else f"| {name} | {value} |"
+        for name, value in _figure_values(record).items()
+    ]
+    return "\n".join([head, *rows])
+
+
+def _figure_values(record: RunRecord) -> dict[str, str]:
+    values: dict[str, str] = {}
+    if training := record.training:
+        values["loss of the first window"] = f"{training.first_window_loss:.4f}"
+        values["loss of the last window"] = f"{training.last_window_loss:.4f}"
+        if training.held_out_loss_before is not None:
+            values["held-out loss before training"] = f"{training.held_out_loss_before:.4f}"
+        if training.held_out_loss is not None:
+            values["held-out loss after training"] = f"{training.held_out_loss:.4f}"
+        values["optimizer steps"] = str(training.steps)
+        values["training time"] = f"{training.seconds / 60:.1f} min"
+        values["peak memory, training"] = f"{training.peak_memory_gb:.2f} GB"
+    if merge := record.merge:
+        difference = f"{merge.largest_logit_difference:.1e} of {merge.largest_logit:.1f}"
+        values["largest logit difference, merged and read back"] = difference
+        ratio = merge.peak_memory_bytes / merge.model_bytes
+        values["peak memory, merging"] = f"{merge.peak_memory_bytes / 1e9:.2f} GB, {ratio:.2f} x the model"
+    if tests := record.structural_tests:
+        asked = tests.held_out_questions
+        values["structural tests passed"] = f"{tests.passed_tests} of 3"
+        values["held-out questions: valid answers"] = f"{tests.held_out_valid} of {asked}"
+        values["held-out questions: three distinct follow-ups"] = f"{tests.held_out_distinct} of {asked}"
+    return values
+
+
+def _tests(report: AnswersReport | None) -> str:
+    if not report:
+        return "Not tested."
+    parts = []
+    for test in report.tests:
+        verdict = "passed" if test.passed else f"FAILED: {test.problem}"
+        parts.append(f"### {test.name}: {test.question}\n\n{verdict}")
+        parts += [f"- warning: {warning}" for warning in test.warnings]
+        parts.append(_verbatim(mark(test.output, test.position)))
+    return "\n\n".join(parts)
+
+
+def mark(output: str, position: int | None) -> str:
+    """What a model said, with the character marked at which it stops being valid."""
+    return output if position is None else f"{output[:position]}{STOPS_HERE}{output[position:]}"
+
+
+def _held_out(report: AnswersReport | None) -> str:
+    if not report:
+        return "Not asked."
+    rows = ["| question | valid | answer | follow-ups |", "|---|---|---|---|"]
+    for asked in report.held_out:
+        answer = " / ".join(asked.texts or ())
+        follow_ups = " / ".join(str(choice["text"]) for choice in asked.choices or ())
+        valid = "yes" if asked.passed else asked.problem or "no"
+        rows.append("| " + " | ".join(map(_cell, (asked.question, valid, answer, follow_ups))) + " |")
+    return "\n".join(rows)
+
+
+def _settings(record: RunRecord) -> str:
+    statistics, environment = record.data.statistics, record.environment
+    later = [f"{start.time} after step {start.after_step}" for start in record.starts[1:]]
+    rows = {
+        **{name: value for name, value in dataclasses.asdict(record.config).items() if value != ""},
+        "examples (training, held out)": f"{statistics.training_examples}, {statistics.held_out_examples}",
+        "tokens per example (median, max)": f"{statistics.token_lengths.median:g}, {statistics.token_lengths.max}",
+        "share of label tokens": statistics.label_token_share,
+        "SHA-256 of the training data": record.data.training_sha256,
+        "SHA-256 of the base weights": record.base_model.weights_sha256,
+        "tokenizer fingerprint": record.base_model.tokenizer_fingerprint,
+        "git commit": ", then ".join(record.commits),
+        "machine": ", ".join(f"{name}: {value}" for name, value in environment.machine.items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in environment.versions.items()),
+        "started": "; resumed ".join([record.started, *later]),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(str(value))} |" for name, value in rows.items())])
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _verbatim(text: str) -> str:
+    """Text in a fence that is longer than any row of backticks in it."""
+    longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"

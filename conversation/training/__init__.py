@@ -1,0 +1,1 @@
+"""The loss of one step, and the run of all."""

@@ -1,0 +1,40 @@
+"""The order of the examples: the same for one process and for several, and after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+
+class OptimizerStepBatches(Sampler[list[int]]):
+    """The examples of each optimizer step, shuffled anew each epoch: this process's share of them.
+
+    Step k of an epoch holds the same examples however many processes divide them, so that two processes with half the
+    examples each train what one process trains. A process's share of an epoch's last step may be smaller, or empty.
+    """
+
+    def __init__(self, num_examples: int, per_process: int, seed: int, process: int = 0, processes: int = 1):
+        self.num_examples, self.per_step = num_examples, per_process * processes
+        self.seed, self.process, self.processes = seed, process, processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.per_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_examples, generator=generator).tolist()
+        for start in range(0, self.num_examples, self.per_step):
+            yield order[start : start + self.per_step][self.process :: self.processes]
+
+
+class EpochDataLoader(DataLoader):
+    """Tells its batches the epoch; the Trainer calls `set_epoch` where it exists."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)

@@ -1,0 +1,124 @@
+"""Checkpoints that can be trusted: hashed when they are written, verified before they are used."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback, TrainerState
+
+from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation.runs.files import cannot_write, file_hashes, find_damage, read_json, write_json
+from conversation.runs.folder import RunFolder
+from conversation.runs.machine import is_first_process
+from conversation_config import KEPT_CHECKPOINTS
+
+if TYPE_CHECKING:
+    from conversation.training.trainer import ConversationTrainer
+
+CHECKPOINT_HASHES = "hashes.json"
+
+
+def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exception:
+    """A full disk or exhausted memory as a UserError; anything else is a defect of ours and stays as it is.
+
+    `needed_bytes` is the size of what may have been written.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        return UserError(
+            f"the memory does not hold one example and its gradients: {text.splitlines()[0]}",
+            "close other programs, or lower --max_length",
+            TRIED_AND_FAILED,
+        )
+    number = re.search(r"os error (\d+)", text)  # safetensors; torch.save does not say the cause
+    if isinstance(error, OSError) or number or "PytorchStreamWriter" in text or "unexpected pos" in text:
+        full = shutil.disk_usage(run.path).free < needed_bytes
+        code = int(number[1]) if number else errno.ENOSPC if full else errno.EIO
+        cause = error if isinstance(error, OSError) else OSError(code, os.strerror(code))
+        return cannot_write(run.checkpoints, cause, needed_bytes)
+    return error
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Writes the hashes of a checkpoint's files when it is complete; only then are older ones dropped."""
+
+    trainer: ConversationTrainer | None = None
+
+    def on_save(self, args, state, control, model, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its random states
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+                shutil.rmtree(folder)
+                raise self.trainer.bad_numbers(f"the adapters after step {state.global_step} are not finite")
+            try:
+                write_json(folder / CHECKPOINT_HASHES, file_hashes(folder))
+            except UserError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            for older in checkpoints(folder.parent)[KEPT_CHECKPOINTS:]:
+                shutil.rmtree(older)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest step first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def finished_state(checkpoint: Path, steps: int) -> TrainerState | None:
+    """The Trainer's state in a checkpoint, if that is the checkpoint of the last of so many steps or of a later one."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state if state.global_step >= steps else None
+
+
+def remove_unfinished_checkpoints(folder: Path) -> None:
+    """Remove what was not written whole: a complete checkpoint has its hashes."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / CHECKPOINT_HASHES).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written, and why newer ones are not used."""
+    problems = []
+    for path in checkpoints(folder):
+        try:
+            hashes = read_json(path / CHECKPOINT_HASHES)
+            problem = find_damage(path, hashes) if hashes else f"{path / CHECKPOINT_HASHES} is empty"
+        except UserError as error:
+            problem = str(error)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+    return None, problems
+
+
+def choose_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one; what is not used is named and, by the first process, removed."""
+    checkpoint, problems = newest_intact_checkpoint(folder)
+    for problem in problems:
+        print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
+    if is_first_process():
+        drop_newer_checkpoints(folder, checkpoint)
+    print(f"Resuming from {checkpoint.name}." if checkpoint else "No intact checkpoint: starting from the first step.")
+    return checkpoint
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer step after which a checkpoint was saved; 0 where there is none."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def drop_newer_checkpoints(folder: Path, kept: Path | None) -> None:
+    """Remove what was found broken, so that it is neither counted nor resumed from again."""
+    found = checkpoints(folder)
+    for path in found[: found.index(kept) if kept else None]:
+        shutil.rmtree(path)

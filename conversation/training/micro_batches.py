@@ -1,0 +1,171 @@
+"""One optimizer step in micro-batches that fit into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+
+from conversation.training.prefix_tree import TokenSequence, build_prefix_tree, common_prefix_length
+from conversation.training.shared_prefix import find_causal_lm, shared_prefix_loss
+
+# The share of the free memory that the tensors kept for the backward pass may take; the rest is for passing ones.
+MEMORY_SHARE = 0.6
+
+
+@dataclass
+class TokenBudget:
+    """How many packed tokens one forward and backward pass may hold; shrinks when memory runs out all the same."""
+
+    tokens: int
+
+    def halve(self, tried: int) -> None:
+        """After a step of `tried` packed tokens ran out of memory: a budget above that did not bind."""
+        self.tokens = min(self.tokens, tried) // 2
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one effective batch came to on this process."""
+
+    loss_sum: Tensor  # scalar, nats
+    num_micro_batches: int
+
+
+def backward_in_micro_batches(
+    model: nn.Module, sequences: Sequence[TokenSequence], scale: float, budget: TokenBudget
+) -> StepResult:
+    """Adds the gradients of `scale` x (the sum of all label losses) to those of the adapters.
+
+    `scale` is 1 / (labels of the whole effective batch); times the number of processes under DDP, which averages.
+    The examples go through in groups of neighbours in the prefix tree, each filled as far as `budget` allows. A single
+    example that is longer than the budget goes through with activation checkpointing. When memory runs out, the budget
+    is halved and the step starts again from the gradients and random states it found. (A GPU says that it has run out;
+    on a CPU Linux rather ends the process, and the budget alone is the protection.) Under DDP the gradients are
+    synchronised once, after all this; a process may have no examples. Raises the error of the last attempt when a
+    single example does not fit.
+    """
+    sequences = [sequence for sequence in sequences if any(sequence.is_label)]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
+    device = parameters[0].device
+    random_states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    while True:
+        try:
+            with _without_synchronisation(model):
+                result = _backward_once(model, sequences, scale, budget.tokens)
+            break
+        except RuntimeError as error:
+            shortest = min(len(sequence.inputs) for sequence in sequences)
+            if not should_reduce_batch_size(error) or budget.tokens < shortest:
+                raise  # below the shortest, every example already goes through alone and checkpointed
+        # Out of the handler, so that the failed pass is no longer referenced and its memory is free.
+        budget.halve(tried=build_prefix_tree(sequences).num_tokens)
+        clear_device_cache(garbage_collection=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        torch.set_rng_state(random_states[0])
+        if random_states[1] is not None:
+            torch.cuda.set_rng_state(random_states[1], device)
+    _synchronise_gradients(model)
+    return result
+
+
+def split_into_micro_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[TokenSequence]]:
+    """Groups of neighbours in the prefix tree with at most `max_tokens` packed tokens each, or one longer example."""
+    groups: list[list[TokenSequence]] = []
+    tokens = 0
+    for sequence in sorted(sequences, key=lambda sequence: sequence.inputs):
+        inputs = sequence.inputs
+        if groups:
+            tokens += len(inputs) - common_prefix_length(groups[-1][-1].inputs, inputs)
+        if not groups or tokens > max_tokens:
+            groups.append([])
+            tokens = len(inputs)
+        groups[-1].append(sequence)
+    return groups
+
+
+def measure_token_budget(model: nn.Module) -> TokenBudget:
+    """The packed tokens that fit into the free memory, from what a short probe makes autograd keep for each token."""
+    probe_tokens = 64
+    ids = tuple(i % find_causal_lm(model).config.vocab_size for i in range(1, probe_tokens + 2))
+    tree = build_prefix_tree([TokenSequence(ids, (False,) + (True,) * probe_tokens)])
+    kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept_bytes = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept_bytes
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            kept.add(storage.data_ptr())
+            kept_bytes += storage.nbytes()
+        return tensor
+
+    devices = [parameter.device for parameter in model.parameters()][:1]
+    was_training = model.training
+    model.train()  # dropout keeps masks and copies of its own
+    with (
+        torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]),
+        _without_synchronisation(model),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+    ):
+        shared_prefix_loss(model, tree)
+    model.train(was_training)
+    return TokenBudget(max(1, int(MEMORY_SHARE * _free_bytes(devices[0]) / (kept_bytes / probe_tokens))))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    cap = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_allocated(device)
+    return min(free + unused, cap)
+
+
+def _backward_once(model: nn.Module, sequences: Sequence[TokenSequence], scale: float, max_tokens: int) -> StepResult:
+    trees = [build_prefix_tree(group) for group in split_into_micro_batches(sequences, max_tokens)]
+    loss_sum = torch.zeros((), device=find_causal_lm(model).device)
+    for tree in trees:
+        with _activation_checkpointing(model, tree.num_tokens > max_tokens):
+            loss = shared_prefix_loss(model, tree)
+            (loss * scale).backward()
+        loss_sum = loss_sum + loss.detach()
+    return StepResult(loss_sum, num_micro_batches=len(trees))
+
+
+@contextlib.contextmanager
+def _activation_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keeps only each layer's input for the backward pass and computes the rest again (about a third more work)."""
+    causal_lm = find_causal_lm(model)
+    if not wanted or causal_lm.is_activation_checkpointing:
+        yield
+        return
+    causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    causal_lm.disable_input_require_grads()  # for reentrant checkpoints; the hook would stay, and cost a gradient
+    try:
+        yield
+    finally:
+        causal_lm.activation_checkpointing_disable()
+
+
+def _without_synchronisation(model: nn.Module) -> contextlib.AbstractContextManager:
+    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+
+
+def _synchronise_gradients(model: nn.Module) -> None:
+    """Lets DDP average the gradients gathered so far, by a pass of one token that adds nothing to them.
+
+    DDP averages during a backward pass. If that were the last micro-batch, a process that runs out of memory in it
+    could not start again: the others would already have its gradients. One token always fits.
+    """
+    if hasattr(model, "no_sync"):
+        tree = build_prefix_tree([TokenSequence((0, 0), (False, True))])
+        (shared_prefix_loss(model, tree) * 0.0).backward()

@@ -1,0 +1,151 @@
+"""Everything that training needs, read and checked before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from conversation.data.examples import read_training_data, split_by_tree, to_jsonl
+from conversation.data.quality import assess
+from conversation.data.statistics import DataStatistics, LengthSummary, count_structure
+from conversation.data.trees import read_trees
+from conversation.errors import UserError, list_problems
+from conversation.format.calls import Example
+from conversation.models.audit import Audit, audit
+from conversation.models.base_models import find_base_model
+from conversation.models.tokenizer import EncodedExample
+from conversation.models.weights import adapter_bytes, fp32_bytes, identify
+from conversation.runs.files import check_disk_space
+from conversation.runs.machine import environment, number_of_processes
+from conversation.runs.record import DataIdentity, RunRecord, now
+from conversation.training.trainer import TrainingSet, token_sequence
+from conversation_config import KEPT_CHECKPOINTS, PROJECT, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The settings of a training, and what they name: data, base model, token ids."""
+
+    config: TrainingConfig
+    base_folder: Path
+    training: list[Example]
+    held_out: list[Example]
+    encoded_training: list[EncodedExample]
+    encoded_held_out: list[EncodedExample]
+    audit: Audit
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the training."""
+        return self.config.steps(len(self.training), number_of_processes())
+
+    @property
+    def training_set(self) -> TrainingSet:
+        return TrainingSet(
+            [token_sequence(ids, self.config.loss_on) for ids in self.encoded_training],
+            [token_sequence(ids, self.config.loss_on) for ids in self.encoded_held_out],
+            [example.prompt.question for example in self.training],
+        )
+
+    def __str__(self) -> str:
+        return f"{len(self.training)} examples to train on, {len(self.held_out)} held out; {self.audit}"
+
+    @property
+    def statistics(self) -> DataStatistics:
+        encoded = self.encoded_training + self.encoded_held_out
+        on_all = self.config.loss_on == "all"
+        labels = sum(len(ids) - 1 if on_all else ids.num_answer_tokens for ids in encoded)
+        return DataStatistics(
+            **dataclasses.asdict(count_structure(self.training + self.held_out)),
+            training_examples=len(self.training),
+            held_out_examples=len(self.held_out),
+            token_lengths=LengthSummary.of([len(ids) for ids in encoded]),
+            answer_token_lengths=LengthSummary.of([ids.num_answer_tokens for ids in encoded]),
+            label_token_share=round(labels / sum(len(ids) for ids in encoded), 4),
+            maximum_length=self.config.max_length,
+            examples_changed_by_fix_mistral_regex=self.audit.changed_by_flag,
+            first_change_by_fix_mistral_regex=self.audit.first_change or None,
+        )
+
+    def record(self) -> RunRecord:
+        """The record of a run that begins with this."""
+        return RunRecord(
+            started=now(),
+            config=self.config,
+            data=DataIdentity(
+                source=self.config.training_data,
+                training_sha256=hashlib.sha256(to_jsonl(self.training)).hexdigest(),
+                held_out_sha256=hashlib.sha256(to_jsonl(self.held_out)).hexdigest(),
+                statistics=self.statistics,
+            ),
+            base_model=identify(self.base_folder, self.config.base_model, self.audit.fingerprint),
+            environment=environment(),
+            processes=number_of_processes(),
+        )
+
+
+def prepare(config: TrainingConfig) -> Prepared:
+    """Read and check data, base model and tokenizer. Raises UserError; changes nothing on disk but the model cache."""
+    examples = read_training_data(data_path(config), config.domain_names)
+    base_folder = find_base_model(config.base_model)
+    _, encoded, audited = audit(base_folder, examples)
+    too_long = [
+        f"example {number}, which asks {example.prompt.question!r}: {len(ids)} tokens"
+        for number, (example, ids) in enumerate(zip(examples, encoded, strict=True), 1)
+        if len(ids) > config.max_length
+    ]
+    if too_long:
+        raise UserError(
+            f"{len(too_long)} examples are longer than {config.max_length} tokens:\n{list_problems(too_long)}",
+            "nothing is cut silently: shorten them, or raise --max_length",
+        )
+    training, held_out = split_by_tree(examples, config.held_out_share)
+    ids_of = dict(zip((example.text for example in examples), encoded, strict=True))
+    return Prepared(
+        config,
+        base_folder,
+        training,
+        held_out,
+        [ids_of[example.text] for example in training],
+        [ids_of[example.text] for example in held_out],
+        audited,
+    )
+
+
+def data_path(config: TrainingConfig) -> Path:
+    """Where the training data is: relative to the working folder or, if there is nothing, to the project."""
+    path = Path(os.path.expanduser(config.training_data))
+    return PROJECT / path if not path.exists() and (PROJECT / path).exists() else path
+
+
+def check_space_for(prepared: Prepared, folder: Path, to_be_freed: int = 0) -> None:
+    """Raises UserError when the disk of `folder` has no space for what training leaves, and the merged model after it.
+
+    `to_be_freed`: bytes that will be removed from that disk before.
+    """
+    adapters = adapter_bytes(prepared.base_folder, prepared.config.lora_r)
+    checkpoint = 3 * adapters + 100_000  # weights and AdamW's two moments; the rest is small
+    needed = (KEPT_CHECKPOINTS + 1) * checkpoint + adapters + fp32_bytes(prepared.base_folder)
+    check_disk_space(folder, needed - to_be_freed, "training and the merged model after it")
+
+
+def print_statistics(prepared: Prepared, as_json: bool) -> None:
+    """Print what is in the data; of whole tree folders also how good it is, as far as a program can tell."""
+    path = data_path(prepared.config)
+    whole_trees = path.is_dir() and not prepared.config.domain_names
+    quality = assess(read_trees(path)) if whole_trees else None
+    found = {**dataclasses.asdict(prepared.statistics), "tokenizer_fingerprint": prepared.audit.fingerprint}
+    if as_json:
+        print(json.dumps({**found, "quality": quality and quality.as_dict()}, ensure_ascii=False))
+        return
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {item}" for key, item in value.items())
+        print(f"{name.replace('_', ' '):40} {value}")
+    if quality:
+        print(quality)
+    print("The data and the tokenizer are fit for training.")

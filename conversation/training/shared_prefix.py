@@ -1,0 +1,130 @@
+"""The loss of one training step, each shared token computed once.
+
+The examples of a step repeat each other: every one opens with the same developer turn, and those of one conversation
+tree also share their history. This module lays a step's examples into one prefix tree (a trie of token ids), sends each
+distinct token-in-its-context through the model once, as a single unpadded sequence, and counts every label as often as
+examples have it:
+
+    tree = build_prefix_tree(sequences)          # structure only, no model
+    loss = shared_prefix_loss(model, tree)       # the sum of all label losses, in nats
+    (loss / num_labels).backward()               # the gradients of the plain computation
+
+Shared: everything a token's computation consists of in a decoder (embedding, projections, norms, MLP, keys, values, its
+attention output, its logits) for tokens with equal ids all the way from the start of their examples.
+Not shared: anything after the first difference. No token is computed only because a longer example stands beside it
+(there is no padding), and none after an example's last label, since it could change no loss.
+
+Why the gradients are the same: in a causal decoder a token's hidden state is a function of the token ids from the start
+up to it. Two examples with an equal prefix therefore compute the same numbers there, and the sum of the losses is the
+same function of the adapters, whether such a number is computed twice or once and used twice; so its gradient is the
+same too (by the chain rule the gradients of all uses are added, just as the gradients of the copies would be). Two
+places need care, as everything else acts on single tokens: attention, which here sees for each token exactly its
+ancestors in the tree within the layer's sliding window; and rotary positions, which are the depth in the tree.
+
+LoRA dropout: its masks are drawn per computed token, so a shared token has one mask, where the plain computation would
+draw one for each example that contains it. The expected gradient is that of the plain computation; within a step the
+noise of a shared prefix is the same for all examples that share it. Other micro-batches, or other processes, draw other
+masks: "the same result" is meant up to that.
+
+The head is the other half of the work (Gemma's vocabulary has 262,144 entries). It runs only on tokens that predict a
+label, over blocks of the vocabulary with a running softmax (as flash attention does over keys: Milakov & Gimelshein
+2018, Dao et al. 2022), and forms the gradient of the hidden states in the same pass. No logits are kept, none are
+computed twice, and a block of them has a fixed size. The normaliser is summed block by block, so it is also more exact
+than torch's: on a CPU, torch 2.13's FP32 cross entropy sums the 262,144 exponentials one after the other and loses up
+to 7e-5 of them, which shows as 1e-4 to 5e-4 in the gradients (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from conversation.training.prefix_tree import PrefixTree, TokenSequence, build_prefix_tree
+from conversation.training.tree_attention import ATTENTION_NAME
+from conversation.training.vocabulary_loss import SummedCrossEntropy
+
+
+def use_shared_prefix_attention(model: nn.Module) -> None:
+    """Prepares a causal language model for `shared_prefix_loss`; call it once, before the model is wrapped for DDP.
+
+    Generation and every other use of the model go on as with sdpa. Raises ValueError for a model whose loss this module
+    would not compute rightly: by its configuration, or because two short examples come out otherwise than alone.
+    """
+    causal_lm = find_causal_lm(model)
+    name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        raise ValueError(f"{name}: the head must be a frozen linear layer without bias and without an adapter")
+    unknown = set(getattr(causal_lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"{name}: layers of type {', '.join(sorted(unknown))} are unknown to the shared-prefix step")
+    causal_lm.set_attn_implementation(ATTENTION_NAME)
+    if causal_lm.config._attn_implementation != ATTENTION_NAME:
+        raise ValueError(f"{name} does not let its attention be replaced")
+    _check_against_plain_forward(model, name)
+
+
+def shared_prefix_loss(model: nn.Module, tree: PrefixTree) -> Tensor:
+    """The sum, in nats, of the cross entropy of every label of every example; a scalar that can be differentiated.
+
+    `model`: the outermost module (PeftModel, DistributedDataParallel, ...): its own forward is run. Divide by the label
+    count of the whole effective batch before the backward pass. Under `torch.no_grad()` the head skips the gradient.
+    """
+    causal_lm = find_causal_lm(model)
+    if causal_lm.config._attn_implementation != ATTENTION_NAME:
+        raise ValueError("call use_shared_prefix_attention(model) before shared_prefix_loss")
+    head = causal_lm.get_output_embeddings()
+    hidden = _hidden_states(model, tree).index_select(0, tree.predicting.to(head.weight.device))
+    softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    return SummedCrossEntropy.apply(hidden, head.weight, tree, softcap)
+
+
+def find_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside its wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
+    """What the decoder hands to the head for each packed token, [T, width].
+
+    The forward of the outermost module runs, so that wrappers do their work; it is asked for the logits of no token.
+    """
+    causal_lm = find_causal_lm(model)
+    device = causal_lm.get_input_embeddings().weight.device
+    captured: list[Tensor] = []
+    hook = causal_lm.get_decoder().register_forward_hook(lambda module, args, output: captured.append(output[0]))
+    try:
+        model(
+            input_ids=tree.input_ids.to(device),
+            position_ids=tree.position_ids.to(device),
+            # A mask with four dimensions is handed through as it is: no mask of T x T is built. The tree is the mask.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            prefix_tree=tree,
+            logits_to_keep=torch.empty(0, dtype=torch.long, device=device),
+            use_cache=False,
+        )
+    finally:
+        hook.remove()
+    return captured[0][0]
+
+
+@torch.no_grad()
+def _check_against_plain_forward(model: nn.Module, name: str) -> None:
+    """Compares two short examples, computed as a tree, with the model's ordinary forward on each of them."""
+    causal_lm = find_causal_lm(model)
+    ids = torch.arange(1, 25) % causal_lm.config.vocab_size
+    examples = [ids[:12], torch.cat([ids[:6], ids[12:]])]
+    tree = build_prefix_tree([TokenSequence(tuple(e.tolist()), (False,) + (True,) * (len(e) - 1)) for e in examples])
+    was_training = model.training
+    model.eval()
+    try:
+        ours = shared_prefix_loss(model, tree)
+        plain = 0.0
+        for example in examples:
+            example = example.to(ours.device)
+            logits = model(input_ids=example[None], use_cache=False).logits[0, :-1]
+            plain += nn.functional.cross_entropy(logits, example[1:], reduction="sum")
+    finally:
+        model.train(was_training)
+    if not torch.isclose(ours, plain, rtol=1e-3):
+        raise ValueError(f"{name}: the shared-prefix loss of a test batch is {ours:.4f}, the plain loss {plain:.4f}")

@@ -1,0 +1,119 @@
+"""What watches a training: progress and metrics, signals, losses that are not finite or explode."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from conversation.runs.files import write_atomically
+from conversation.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from conversation.training.trainer import ConversationTrainer
+
+EXPLOSION = 1.5
+"""A window whose loss is more than this many times the loss at the start stops the run: adapters that are so much worse
+than none are not worth more time. The loss at the start is the held-out loss before the first step; without held-out
+examples it is the first window's."""
+
+
+class Progress(TrainerCallback):
+    """The progress bar, metrics.jsonl, and the orderly stop after a signal."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+        self.bar: tqdm | None = None
+        self.signal: signal.Signals | None = None
+        self.trainer: ConversationTrainer | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.trainer.evaluate()  # where the base model starts
+        if state.is_world_process_zero:
+            self.write_metrics(state)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=1
+            )
+            self.began = time.monotonic(), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            seconds, steps = time.monotonic() - self.began[0], state.global_step - self.began[1]
+            rate = steps * args.train_batch_size * args.world_size / seconds
+            self.bar.set_postfix_str(f"loss {self.trainer.step_loss:.3f}, {rate:.2f} examples/s", refresh=False)
+            self.bar.update()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last window, however short
+        # All processes stop after the same step, or one would wait for the others in vain.
+        seen = torch.tensor(self.signal or 0, device=args.device)
+        if number := self.trainer.accelerator.gather(seen).max().item():
+            self.signal = signal.Signals(number)
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_training_stop and state.global_step < state.max_steps:
+            control.should_evaluate = False  # who stops a training does not want to wait for the held-out examples
+        return control
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.write_metrics(state)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if state.is_world_process_zero:
+            tqdm.write(f"held-out loss after step {state.global_step}: {metrics['eval_loss']:.4f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+    def write_metrics(self, state) -> None:
+        """The Trainer's own record, as a whole: after a resume it holds what led to the checkpoint, and no more."""
+        lines = [json.dumps(entry) for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+        write_atomically(self.run.metrics, "".join(line + "\n" for line in lines).encode())
+
+
+class ExplosionGuard(TrainerCallback):
+    """Stops a run whose loss explodes: see EXPLOSION."""
+
+    trainer: ConversationTrainer | None = None
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" not in logs:
+            return
+        held_out = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] == 0]
+        at_start = (held_out + [e["loss"] for e in state.log_history if "loss" in e])[0]
+        if not logs["loss"] <= EXPLOSION * at_start:
+            raise self.trainer.bad_numbers(
+                f"the loss explodes: {logs['loss']:.2f} in the window up to step {state.global_step}, more than "
+                f"{EXPLOSION} times the {at_start:.2f} at the start"
+            )
+
+
+@contextlib.contextmanager
+def heed_signals(progress: Progress) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal end the training after the step under way."""
+
+    def note(number: int, frame: Any) -> None:
+        if progress.signal is None:
+            tqdm.write(f"{signal.Signals(number).name}: saving after this step ...")
+        progress.signal = signal.Signals(number)
+
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed; `nohup` ignores that
+        heeded.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,28 @@
+"""Conversation trees to training lines: `python -m scripts.examples data/conversation_trees examples.jsonl`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from conversation.data.examples import read_training_data, to_jsonl
+from conversation.data.statistics import count_structure
+from conversation.errors import CommandLine, run_main
+from conversation.runs.files import write_atomically
+
+
+def main() -> int:
+    parser = CommandLine(__doc__, prog="scripts.examples")
+    parser.add_argument("training_data", type=Path, help="folder of conversation trees, or JSONL file")
+    parser.add_argument("output", type=Path, help="the JSONL file to write")
+    parser.add_argument("--domains", default="", help="only these domains of the trees, separated by commas")
+    args = parser.parse_args()
+    examples = read_training_data(args.training_data, tuple(name for name in args.domains.split(",") if name))
+    write_atomically(args.output, to_jsonl(examples))
+    for name, value in dataclasses.asdict(count_structure(examples)).items():
+        print(f"{name.replace('_', ' '):20} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,89 @@
+# Sourced by RETRAIN.sh, which sets `project`: its stages, and what happens on a signal and on a failure.
+
+source "$project/scripts/environment.sh"
+root=$project/training-runs/conversation
+stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
+number=0 name='' child='' stopped=0 attempt=''
+
+# help_or_go_on FLAG...   print the head of RETRAIN.sh and leave, refuse a flag that is not for it, or do nothing
+help_or_go_on() {
+    local flag
+    for flag in "$@"; do
+        case "$flag" in
+            -h | --help) sed -n '2,/^set -e/p' "$project/RETRAIN.sh" | sed -e '/^set -e/d' -e 's/^# \{0,1\}//'; exit 0 ;;
+            --run_dir* | --check_data | --json | --attempt)
+                printf 'error: %s is not for RETRAIN.sh\nhint: it goes to train_conversation.py\n' "$flag" >&2
+                exit 2
+                ;;
+        esac
+    done
+}
+
+# stage NAME   begin the next stage, unless a signal has come
+stage() {
+    if [ "$stopped" -ne 0 ]; then
+        echo "Stopped; go on with: ./RETRAIN.sh --resume"
+        exit "$stopped"
+    fi
+    number=$((number + 1)) name=$1
+    printf '\n[%s/%s] %s\n' "$number" "$stages" "$name"
+}
+
+# prepare_python   the environment's python, in `python`
+prepare_python() {
+    python=$(cd "$project" && prepare_environment requirements.txt)
+}
+
+# bookkeeping COMMAND   see conversation/runs/publishing.py
+bookkeeping() {
+    (cd "$project" && "$python" -m conversation.runs.publishing "$@")
+}
+
+# one_retrain_at_a_time   a lock that lives as long as this shell or a child of it does
+one_retrain_at_a_time() {
+    if ! { mkdir -p "$root/attempts" && exec 9<>"$root/attempts/.lock"; } 2>/dev/null; then # read, too: who owns it
+        printf 'error: cannot write into %s\n' "$root" >&2
+        echo "hint: make it writable, or clone the project to where you may write" >&2
+        exit 2
+    fi
+    bookkeeping lock 9
+}
+
+# run SCRIPT FLAG...   run a script of the project as a child that Ctrl-C, SIGTERM and a closed terminal reach, so that
+#                      it can save its work; RETRAIN.sh ends as it does, and begins no further stage
+run() {
+    local script="$project/$1" status=0
+    shift
+    set -m
+    "$python" "$script" "$@" &
+    child=$!
+    set +m
+    wait "$child" || status=$? # a signal to us ends this wait, and not the child
+    while kill -0 "$child" 2>/dev/null; do
+        status=0
+        wait "$child" || status=$?
+    done
+    child=''
+    return "$status"
+}
+
+_stop() { # SIGNAL STATUS
+    stopped=$2
+    [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null || true
+}
+
+_failed() { # STATUS
+    # Status 2 of the training: nothing was begun. Else there is an attempt, with the reason in its log.
+    if [ "$number" -lt 2 ] || { [ -z "$attempt" ] && [ "$1" -eq 2 ]; }; then return 0; fi
+    [ -n "$attempt" ] || attempt=$(bookkeeping newest) || true
+    [ -n "$attempt" ] || return 0
+    printf '%s RETRAIN.sh: stage %s/%s %s ended with status %s\n' \
+        "$(date '+%Y-%m-%d %H:%M:%S')" "$number" "$stages" "$name" "$1" >>"$attempt/console.log" || true
+    echo "The attempt is kept in $attempt with its console.log; what was published before is untouched." >&2
+    [ ! -e "$attempt/report.md" ] || echo "Report: $attempt/report.md" >&2
+}
+
+trap '_stop HUP 129' HUP
+trap '_stop INT 130' INT
+trap '_stop TERM 143' TERM
+trap '_failed $?' ERR

@@ -1,0 +1,138 @@
+"""Training lines: bad ones are all named, trees stay whole when some are held out."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conversation.data.examples import (
+    parse_line,
+    read_jsonl,
+    read_training_data,
+    root_question,
+    split_by_tree,
+    to_jsonl,
+)
+from conversation.data.statistics import LengthSummary, count_structure
+from conversation.errors import UserError
+from conversation.format.calls import Example, Prompt
+
+
+def test_written_lines_are_the_lines_read(tmp_path, own_examples):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(to_jsonl(own_examples))
+    assert read_jsonl(path) == own_examples
+    assert to_jsonl(read_jsonl(path)) == path.read_bytes()
+
+
+def test_the_originals_lines_are_written_back_byte_for_byte(real_lines):
+    for line in real_lines:
+        assert to_jsonl([parse_line(line)]).decode() == line + "\n"
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path, real_lines):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(real_lines[:3]).encode() + b"\r\n")
+    assert len(read_jsonl(path)) == 3
+
+
+BAD_LINES = {
+    b"not json": "not JSON",
+    b"": "empty",
+    b"   ": "empty",
+    b"[1]": "not a JSON object",
+    b'{"txt": "x"}': "no `text`",
+    b'{"text": 5}': "not a string",
+    b'{"text": "hello"}': "not in the text format",
+    b'{"text": "a", "text": "b"}': "stands twice",
+    b'{"text": NaN}': "NaN",
+    b'{"text": "\\ud800"}': "surrogate",
+    b'{"text": "a\\u0000b"}': "NUL",
+    b'{"text": "\xff"}': "not UTF-8",
+    b"[" * 200_000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=list(BAD_LINES.values()))
+def test_a_bad_line_is_named_with_its_number_and_reason(tmp_path, real_lines, line):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(real_lines[0].encode() + b"\n" + line + b"\n" + real_lines[1].encode() + b"\n")
+    with pytest.raises(UserError, match=r"1 of 3 lines") as caught:
+        read_jsonl(path)
+    assert f"{path}:2: " in str(caught.value) and BAD_LINES[line] in str(caught.value)
+
+
+def test_all_bad_lines_are_listed_the_first_twenty_and_how_many_more(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("x\n" * 25)
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    assert f"{path}:20: " in str(caught.value) and f"{path}:21: " not in str(caught.value)
+    assert "and 5 more" in str(caught.value)
+
+
+def test_missing_empty_and_unreadable_data(tmp_path):
+    with pytest.raises(UserError, match="no training data"):
+        read_training_data(tmp_path / "absent.jsonl")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match="no training example"):
+        read_training_data(tmp_path / "empty.jsonl")
+    with pytest.raises(UserError, match="--domains needs"):
+        read_training_data(tmp_path / "empty.jsonl", ("systems",))
+
+
+def test_held_out_trees_are_whole_and_about_a_tenth(own_examples):
+    training, held_out = split_by_tree(own_examples, 0.1)
+    assert sorted(training + held_out, key=lambda e: e.text) == sorted(own_examples, key=lambda e: e.text)
+    assert not {root_question(e) for e in training} & {root_question(e) for e in held_out}
+    assert 0.08 < len(held_out) / len(own_examples) < 0.12
+
+
+def test_one_large_tree_is_not_held_out_for_a_small_share(own_examples):
+    by_root = {}
+    for example in own_examples:
+        by_root.setdefault(root_question(example), []).append(example)
+    small = list(by_root.values())[:2]
+    for question in ("CAP theorem?", "What's a monad?", "Why?"):  # whatever its place in the order
+        large = [Example(Prompt(question), example.answer) for example in own_examples[:100]]
+        training, held_out = split_by_tree([*large, *small[0], *small[1]], 0.1)
+        assert held_out in small and len(training) > 100
+
+
+def test_the_split_stays_when_trees_are_added(own_examples):
+    half = own_examples[: len(own_examples) // 2]
+    order = [root_question(e) for e in split_by_tree(half, 0.5)[1]]
+    more = {root_question(e) for e in split_by_tree(own_examples, 0.5)[1]}
+    assert len(set(order) & more) > 0.8 * len(set(order))
+
+
+def test_nothing_is_held_out_of_a_single_tree_or_for_a_share_of_zero(own_examples):
+    first = [e for e in own_examples if root_question(e) == root_question(own_examples[0])]
+    assert split_by_tree(first, 0.5) == (first, [])
+    assert split_by_tree(own_examples, 0.0)[1] == []
+
+
+def test_statistics(own_examples):
+    counted = count_structure([*own_examples, own_examples[0]])
+    assert counted.examples == len(own_examples) + 1
+    assert counted.duplicates == 1
+    assert counted.add_choice_calls == 3 * counted.examples
+    assert sum(counted.examples_by_turn.values()) == counted.examples
+
+
+def test_length_summary():
+    assert LengthSummary.of([3, 1, 2]) == LengthSummary(min=1, median=2, mean=2.0, p95=3, max=3)
+    assert LengthSummary.of(list(range(1, 101))).p95 == 95
+
+
+@given(
+    st.text() | st.dictionaries(st.text(), st.text()).map(json.dumps) | st.binary().map(lambda b: b.decode("latin1"))
+)
+def test_any_line_is_refused_with_a_reason_or_renders_back(line):
+    try:
+        parsed = parse_line(line)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert json.loads(line)["text"] == parsed.text

@@ -1,0 +1,224 @@
+"""The run folder: files whole or old, names that do not collide, publishing, locks, the logged console."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import PROJECT
+from faults import finished_attempt, some_record
+
+from conversation.errors import UserError
+from conversation.runs import console, files, folder, lock, publishing, report
+from conversation.runs.folder import RunFolder
+from conversation.runs.record import AnswersReport, AskedQuestion, RunRecord
+
+HOLD = "import sys; from pathlib import Path; from conversation.runs.lock import locked_folder\n"
+HOLD += "with locked_folder(Path(sys.argv[1])): "
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_leftover(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    files.write_atomically(path, b"old")
+
+    def no_room(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(UserError, match="No space left") as caught:
+        files.write_atomically(path, b"new")
+    assert caught.value.exit_status == 1 and "free there" in caught.value.hint
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 1, "a": 2}', b"\xff", b'{"a": NaN}', b"{}"])
+def test_a_broken_record_is_named(tmp_path, content):
+    run = RunFolder(tmp_path)
+    run.run_json.write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json is broken"):
+        run.read()
+
+
+def test_a_record_comes_back_from_its_file_and_names_a_key_that_does_not_fit(tmp_path):
+    run, record = RunFolder(tmp_path), some_record()
+    run.write(record)
+    assert run.read() == record
+    value = files.read_json(run.run_json)
+    del value["base_model"]["name"], value["sha256"]
+    with pytest.raises(ValueError, match="SHA-256"):
+        RunRecord.from_json(value)
+    with pytest.raises(ValueError, match=r"base_model\.name"):
+        RunRecord.from_json({**value, "sha256": _hash(value)})
+
+
+def _hash(value):
+    from conversation.runs.record import _hash as hash_of
+
+    return hash_of(value)
+
+
+def test_a_folder_and_its_record_are_born_together(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(os, "rename", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.create(some_record())
+    assert not run.path.exists()
+    monkeypatch.undo()
+    run.create(some_record())
+    assert run.read() == some_record()
+    with pytest.raises(UserError, match="holds a run already"):
+        run.create(some_record())
+
+
+def test_a_new_run_that_is_refused_leaves_no_folder_and_any_other_stays(tmp_path):
+    for name, new, status, stays in (("a", True, 2, False), ("b", True, 1, True), ("c", False, 2, True)):
+        run = RunFolder(tmp_path / name)
+        run.create(some_record())
+        with pytest.raises(UserError), run.at_work(new=new):
+            raise UserError("no", exit_status=status)
+        assert run.path.exists() == stays
+
+
+def test_a_changed_missing_or_truncated_file_is_found(tmp_path):
+    (tmp_path / "a").write_bytes(b"a" * 1000)
+    (tmp_path / "b").write_bytes(b"b")
+    recorded = files.file_hashes(tmp_path)
+    assert files.find_damage(tmp_path, recorded) is None
+    (tmp_path / "a").write_bytes(b"a" * 999 + b"b")
+    assert "a is broken" in files.find_damage(tmp_path, recorded)
+    (tmp_path / "a").unlink()
+    assert "a is missing" in files.find_damage(tmp_path, recorded)
+
+
+# --- names, publishing -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_of_a_day_gets_its_own_folder(tmp_path):
+    first = folder.new_run_folder(tmp_path)
+    first.path.mkdir()
+    assert folder.new_run_folder(tmp_path).path.name == f"{first.path.name}-2"
+
+
+def test_publishing_names_the_run_and_points_latest_at_it(tmp_path):
+    first = publishing.publish(finished_attempt(tmp_path), tmp_path)
+    second = publishing.publish(finished_attempt(tmp_path), tmp_path)
+    assert (first.path.name, second.path.name) == ("2026-01-02", "2026-01-02-2")
+    assert (tmp_path / "latest").resolve() == second.path.resolve()
+    assert "```\n./RETRAIN.sh\n```" in second.report.read_text()
+
+
+def test_a_run_that_failed_its_tests_is_not_published(tmp_path):
+    published = publishing.publish(finished_attempt(tmp_path), tmp_path)
+    attempt = finished_attempt(tmp_path, passed=False)
+    with pytest.raises(UserError, match="has not passed its tests"):
+        publishing.publish(attempt, tmp_path)
+    assert (tmp_path / "latest").resolve() == published.path.resolve()
+    assert attempt.run_json.exists()
+
+
+def test_latest_is_corrected_after_a_stop_between_naming_and_pointing_and_only_then(tmp_path):
+    publishing.publish(finished_attempt(tmp_path), tmp_path)
+    second = publishing.publish(finished_attempt(tmp_path), tmp_path)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("2026-01-02")
+    publishing.finish_publishing(tmp_path)
+    assert (tmp_path / "latest").resolve().name == "2026-01-02"  # somebody's choice
+    (tmp_path / "attempts" / publishing.PUBLISHING).write_text(second.path.name)
+    publishing.finish_publishing(tmp_path)
+    assert (tmp_path / "latest").resolve() == second.path.resolve()
+
+
+def test_a_new_attempt_cleans_earlier_attempts_and_nothing_else(tmp_path):
+    published = publishing.publish(finished_attempt(tmp_path), tmp_path)
+    (tmp_path / "by_hand").mkdir()
+    leftover = finished_attempt(tmp_path, passed=False)
+    os.rename(leftover.path, leftover.path.with_name("2020-01-01_00-00-00"))
+    attempt = publishing.begin_attempt(tmp_path, some_record())
+    assert [path.name for path in (tmp_path / "attempts").iterdir() if path.is_dir()] == [attempt.path.name]
+    assert published.path.exists() and (tmp_path / "by_hand").exists()
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_before_is_found_by_time_whatever_the_offset_of_its_clock(tmp_path):
+    """Clocks went back: 02:30+02:00 is before 02:10+01:00, though the text is greater."""
+    for started in ("2026-10-25T02:30:00+02:00", "2026-10-25T01:00:00+02:00"):
+        attempt = finished_attempt(tmp_path)
+        attempt.write(replace(attempt.read(), started=started))
+        publishing.publish(attempt, tmp_path)
+    attempt = finished_attempt(tmp_path)
+    record = replace(attempt.read(), started="2026-10-25T02:10:00+01:00")
+    name, before = report.previous_run(attempt, record)
+    assert name == "2026-10-25" and before.started == "2026-10-25T02:30:00+02:00"
+
+
+def test_an_answer_with_backticks_stays_inside_its_fence(tmp_path):
+    attempt = finished_attempt(tmp_path)
+    output = "call:add_text{content:<escape>Write ```python\n# Heading\n``` in it.<escape>}"
+    asked = AskedQuestion("fresh topic", "What's a monad?", (), False, "no", 5, (), False, None, None, output)
+    attempt.write_tests(AnswersReport((asked,), ()))
+    report.write_report(attempt)
+    text = attempt.report.read_text()
+    fenced = text.split("````\n")
+    assert len(fenced) == 3 and "# Heading\n``` in it." in fenced[1]
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_in_a_folder_is_told_who_works_there(tmp_path):
+    with lock.locked_folder(tmp_path):
+        second = subprocess.run([sys.executable, "-c", HOLD + "pass", str(tmp_path)], capture_output=True, text=True)
+    assert f"in use by process {os.getpid()} since 20" in second.stderr
+    assert subprocess.run([sys.executable, "-c", HOLD + "pass", str(tmp_path)]).returncode == 0
+
+
+def test_the_lock_of_a_process_that_died_is_taken_over(tmp_path):
+    code = "import os; " + HOLD + "os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    with lock.locked_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch, number):
+    def without_locks(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.raises(UserError, match="cannot be locked") as caught, lock.locked_folder(tmp_path):
+        pass
+    assert "local disk" in caught.value.hint and "in use" not in str(caught.value)
+
+
+# --- console, disk space ---------------------------------------------------------------------------------------------
+
+
+def test_the_console_is_logged_with_times_and_the_error(tmp_path, capsys):
+    path = tmp_path / "console.log"
+    with pytest.raises(UserError), console.logged_console(path):
+        print("a line")
+        print("\r10 %\r50 %\r100 %")
+        raise UserError("it broke", "repair it")
+    log = path.read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in log[1:]] == ["a line", "100 %", "error: it broke", "hint: repair it"]
+    assert "a line" in capsys.readouterr().out
+
+
+def test_too_little_disk_space_is_reported_with_how_much_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"needs 1000000\.00 GB") as caught:
+        files.check_disk_space(tmp_path / "not" / "made", 10**15, "training")
+    assert caught.value.hint.startswith("free ")
+
+
+@pytest.mark.parametrize("example", sorted((PROJECT / "training-runs" / "conversation").glob("example-*")))
+def test_the_examples_in_the_repository_are_records_that_can_be_read(example):
+    run = RunFolder(example)
+    assert run.read().training.steps > 200 and len(run.read_tests().tests) == 3

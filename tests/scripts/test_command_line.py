@@ -1,0 +1,175 @@
+"""The command line: help at once, every flag with its default, one clear error for what a user can cause."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import time
+from dataclasses import asdict, fields, replace
+
+import pytest
+from conftest import PROJECT, easy_lines, run_script
+from faults import some_record
+
+from conversation.data.examples import to_jsonl
+from conversation.errors import CommandLine
+from conversation.runs.report import command_that_repeats
+from conversation_config import RECIPES, TrainingConfig, add_training_flags, resolve_settings
+
+SCRIPTS = ("train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_within_two_seconds_from_any_folder(script, tmp_path):
+    started = time.monotonic()
+    shown = run_script(script, "--help", cwd=tmp_path)
+    assert time.monotonic() - started < 2
+    assert shown.returncode == 0 and "usage" in shown.stdout
+
+
+def test_every_setting_is_a_flag_with_its_default():
+    shown = run_script("train_conversation.py", "--help").stdout
+    for name, value in asdict(TrainingConfig()).items():
+        assert f"--{name}" in shown
+        assert value == "" or f"(default: {value})" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_names_real_settings(recipe):
+    TrainingConfig(**RECIPES[recipe])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rate", "inf"], "learning_rate must be finite"),
+        (["--learning_rate", "-1"], "learning_rate must be greater than 0"),
+        (["--learning_rate", "nan", "--lora_r", "0"], "--lora_r must be greater than 0"),
+        (["--learning_rate", "abc"], "invalid float value"),
+        (["--held_out_share", "1.5"], "--held_out_share must be at least 0"),
+        (["--max_steps", "0"], "--max_steps must be at least 1"),
+        (["--no_such_flag"], "error: unrecognized arguments: --no_such_flag\nhint: train_conversation.py --help"),
+        (["--json"], "--json goes with --check_data"),
+        (["--attempt", "--check_data"], "RETRAIN.sh names the run folder"),
+        (["--fp16"], "fp16 is refused"),
+        (["--bf16"], "bf16 is refused"),
+        (["--training_data", "absent.jsonl"], "no training data at"),
+        (["--domains", "cooking"], "unknown domain: cooking"),
+        (["--base_model", "no such model"], "unknown base model"),
+        (["--base_model", "./nowhere"], "unknown base model"),
+        (["--resume", "--run_dir", "nowhere"], "is not a run folder"),
+    ],
+)
+def test_a_bad_flag_is_one_error_and_status_2_and_changes_nothing(tmp_path, flags, words):
+    done = run_script("train_conversation.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_mixed_precision_is_refused_however_it_is_asked_for(tmp_path, precision):
+    flags = ["--run_dir", tmp_path / "run"]
+    done = run_script("train_conversation.py", *flags, env={"ACCELERATE_MIXED_PRECISION": precision})
+    assert done.returncode == 2 and f"{precision} is refused" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
+    done = run_script(script, "--run_dir", tmp_path)
+    assert done.returncode == 2 and "is not a run folder" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_are_meant_from_the_folder_one_is_in(tmp_path, tiny_folder):
+    (tmp_path / "mine.jsonl").write_bytes(to_jsonl(easy_lines()[:12]))
+    (tmp_path / "base").symlink_to(tiny_folder)
+    here = ["--training_data", "mine.jsonl", "--base_model", "base"]
+    done = run_script("train_conversation.py", "--check_data", "--json", *here, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 12
+    trained = run_script("train_conversation.py", *here, "--max_steps", "1", "--run_dir", "run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    merged = run_script("merge_conversation_model.py", "--run_dir", tmp_path / "run", cwd="/")
+    assert merged.returncode == 0, merged.stderr  # from elsewhere, where "base" means nothing
+
+
+def test_help_needs_no_environment(tmp_path):
+    copy = shutil.copytree(
+        PROJECT, tmp_path / "project", ignore=shutil.ignore_patterns(".venv", ".git", "training-runs")
+    )
+    shown = subprocess.run(["./run_conversation_training.sh", "--help"], cwd=copy, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--learning_rate" in shown.stdout and not (copy / ".venv").exists()
+
+
+EVERY_SETTING_CHANGED = TrainingConfig(
+    base_model="some/model",
+    training_data="a folder/with spaces",
+    domains="programming,systems",
+    loss_on="all",
+    held_out_share=0.25,
+    num_train_epochs=1.5,
+    max_steps=17,
+    learning_rate=3.3e-5,
+    lr_scheduler_type="polynomial",
+    warmup_steps=3,
+    weight_decay=0.01,
+    max_grad_norm=0.5,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=3,
+    max_length=999,
+    lora_r=4,
+    lora_alpha=7,
+    lora_dropout=0.125,
+    logging_steps=2,
+    save_steps=9,
+    seed=7,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (TrainingConfig(), "train_conversation.py"),
+        (TrainingConfig(**RECIPES["demo"]), "train_conversation.py --demo"),
+        (TrainingConfig(**{**RECIPES["demo"], "max_steps": -1}), "train_conversation.py --demo --max_steps -1"),
+        (EVERY_SETTING_CHANGED, "train_conversation.py --base_model some/model"),
+        (replace(EVERY_SETTING_CHANGED, training_data="-odd name"), "--training_data=-odd name"),
+    ],
+)
+def test_the_command_that_repeats_a_run_gives_its_settings_back(config, words):
+    defaults = TrainingConfig()
+    if config is EVERY_SETTING_CHANGED:
+        assert all(getattr(config, spec.name) != getattr(defaults, spec.name) for spec in fields(config))
+    command = shlex.split(command_that_repeats(some_record(config=config)))
+    parser = CommandLine()
+    add_training_flags(parser)
+    assert words in " ".join(command)
+    assert resolve_settings(parser.parse_args(command[command.index("train_conversation.py") + 1 :])) == config
+    published = shlex.split(command_that_repeats(some_record(config=config, published="now")))
+    assert published[0] == "./RETRAIN.sh"
+    assert resolve_settings(parser.parse_args(published[1:])) == config
+
+
+def test_a_recipe_given_to_a_resumed_run_is_compared_like_any_other_setting():
+    parser = CommandLine()
+    add_training_flags(parser)
+    demo = TrainingConfig(**RECIPES["demo"])
+    assert resolve_settings(parser.parse_args(["--demo"]), demo) == demo
+    assert resolve_settings(parser.parse_args([]), demo) == demo
+    changed = resolve_settings(parser.parse_args(["--demo"]), TrainingConfig(learning_rate=2e-5, seed=7))
+    assert changed == replace(demo, seed=7)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--num_train_epochs", "1e308"],
+        ["--lr_scheduler_type", "polynomial", "--learning_rate", "1e-7"],
+    ],
+)
+def test_a_setting_that_the_training_would_choke_on_is_refused_before_anything_is_made(tmp_path, flags):
+    done = run_script("train_conversation.py", *flags, "--run_dir", tmp_path / "run")
+    assert done.returncode == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

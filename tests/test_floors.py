@@ -1,0 +1,43 @@
+"""The house: arrows run one way, and what needs no torch does not import it."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT
+
+FLOORS = ("format", "data", "runs", "models", "training", "answering")
+"""From the ground up: a floor imports from itself and from those before it."""
+
+
+def imports(path):
+    """Every module of the package that a file imports, inside functions and for types, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("conversation."):
+            yield node.module
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_arrows_run_one_way(floor):
+    below = FLOORS[: FLOORS.index(floor) + 1]
+    for path in (PROJECT / "conversation" / floor).glob("*.py"):
+        for module in imports(path):
+            name = module.split(".")[1]
+            assert name == "errors" or name in below, f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("floor", FLOORS[:3])
+def test_no_torch_below(floor):
+    names = [path.stem for path in (PROJECT / "conversation" / floor).glob("*.py") if path.stem != "__init__"]
+    code = "import sys; " + "; ".join(f"import conversation.{floor}.{name}" for name in names)
+    code += "; sys.exit(', '.join({'torch', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_module_is_longer_than_a_reader_holds_and_no_second_place_knows_the_keys_of_the_record():
+    for path in (PROJECT / "conversation").glob("*/*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 350, path
+        assert "record[" not in text, path

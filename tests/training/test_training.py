@@ -1,0 +1,220 @@
+"""Training on a tiny Gemma 3: what is learned, logged, kept and refused."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import PROJECT, easy_lines, run_script
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from conversation.data.examples import to_jsonl
+from conversation.models.tokenizer import EncodedExample
+from conversation.runs.files import sha256_file
+from conversation.runs.folder import RunFolder
+from conversation.training.checkpoints import newest_intact_checkpoint
+from conversation.training.prefix_tree import TokenSequence
+from conversation.training.trainer import OptimizerStepBatches, token_sequence
+
+FLAGS = (
+    "--learning_rate 3e-3 --warmup_steps 2 --logging_steps 2 --save_steps 3 --max_steps 8 --held_out_share 0.2".split()
+)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # so that two runs add in the same order
+
+
+def train(run_dir, base, data, *flags, **options):
+    done = run_script(
+        *("train_conversation.py", "--base_model", base, "--training_data", data, "--run_dir", run_dir, *FLAGS, *flags),
+        env=ONE_THREAD,
+        **options,
+    )
+    return done
+
+
+@pytest.fixture(scope="module")
+def easy_data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
+    path.write_bytes(to_jsonl(easy_lines()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_folder, easy_data):
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "run")
+    done = train(run.path, tiny_folder, easy_data)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_training_lowers_the_training_and_the_held_out_loss(trained):
+    result = trained.read().training
+    assert result.last_window_loss < 0.8 * result.first_window_loss
+    assert result.held_out_loss < 0.9 * result.held_out_loss_before
+
+
+def test_the_logged_loss_is_that_of_its_window_and_the_final_one_that_of_the_last(trained):
+    windows = [entry for entry in trained.read_metrics() if "loss" in entry]
+    assert [entry["step"] for entry in windows] == [2, 4, 6, 8]
+    assert trained.read().training.last_window_loss == windows[-1]["loss"]
+    assert all(entry["loss"] > 0 and math.isfinite(entry["grad_norm"]) for entry in windows)
+
+
+def test_a_windows_loss_is_the_mean_of_its_steps_and_of_no_others(trained, tmp_path, tiny_folder, easy_data):
+    done = train(tmp_path / "run", tiny_folder, easy_data, "--logging_steps", "1")
+    assert done.returncode == 0, done.stderr
+    steps = [entry["loss"] for entry in RunFolder(tmp_path / "run").read_metrics() if "loss" in entry]
+    windows = [entry["loss"] for entry in trained.read_metrics() if "loss" in entry]
+    assert windows == pytest.approx([(a + b) / 2 for a, b in zip(steps[::2], steps[1::2], strict=True)], rel=1e-4)
+    assert len(set(steps)) == 8
+
+
+def test_the_run_folder_holds_what_the_run_was(trained, easy_data):
+    record = trained.read()
+    lines = trained.training_data.read_bytes() + trained.held_out_data.read_bytes()
+    assert sorted(lines.splitlines()) == sorted(easy_data.read_bytes().splitlines())
+    assert record.data.training_sha256 == sha256_file(trained.training_data)
+    assert record.config.learning_rate == 3e-3 and record.config.max_steps == 8
+    assert record.environment.versions["torch"] and record.environment.machine["cores"]
+    assert len(record.base_model.tokenizer_fingerprint) == 64
+    assert trained.loss_curve.read_bytes().startswith(b"\x89PNG") and "# Training run" in trained.report.read_text()
+    assert "held-out loss after step 8" in trained.console_log.read_text()
+
+
+def test_at_most_three_checkpoints_are_kept_each_with_its_hashes(tmp_path, tiny_folder, easy_data):
+    assert train(tmp_path / "run", tiny_folder, easy_data, "--save_steps", "1").returncode == 0
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
+    assert newest_intact_checkpoint(tmp_path / "run" / "checkpoints") == (kept[-1], [])
+
+
+def test_the_adapters_are_fp32_on_every_projection(trained):
+    from safetensors.torch import load_file
+
+    adapters = load_file(trained.final_lora / "adapter_model.safetensors")
+    assert len(adapters) == 4 * 7 * 2  # layers, projections, two factors
+    assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
+
+
+def test_a_second_run_does_not_eat_the_first(trained, tiny_folder, easy_data):
+    before = sha256_file(trained.run_json)
+    done = train(trained.path, tiny_folder, easy_data)
+    assert done.returncode == 2 and "holds a run already" in done.stderr
+    assert sha256_file(trained.run_json) == before
+
+
+@contextlib.contextmanager
+def two_processes(base, data, run_dir, *flags):
+    """What accelerate launch does for several devices; for several CPU processes it would want MPI."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", PROJECT / "train_conversation.py"]
+    launch += ["--base_model", base, "--training_data", data, "--run_dir", run_dir, *FLAGS, *flags]
+    launcher = subprocess.Popen(
+        [sys.executable, *map(str, launch)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ONE_THREAD, "ACCELERATE_USE_CPU": "true"},
+    )
+    try:
+        yield launcher
+    finally:  # processes that wait for each other would be waited for
+        for process in (*psutil.Process(launcher.pid).children(), launcher) if launcher.poll() is None else ():
+            process.kill()
+        launcher.communicate()
+
+
+def test_two_processes_train_what_one_trains(trained, tmp_path, tiny_folder, easy_data):
+    plain = ["--lora_dropout", "0", "--logging_steps", "1"]
+    whole = train(tmp_path / "one", tiny_folder, easy_data, *plain)
+    halves = ["--gradient_accumulation_steps", "4", *plain]
+    with two_processes(tiny_folder, easy_data, tmp_path / "run", *halves) as launcher:
+        _, errors = launcher.communicate(timeout=300)
+    assert whole.returncode == 0 and launcher.returncode == 0, errors
+    from safetensors.torch import load_file
+
+    one = load_file(tmp_path / "one" / "checkpoints" / "final_lora" / "adapter_model.safetensors")
+    two = load_file(tmp_path / "run" / "checkpoints" / "final_lora" / "adapter_model.safetensors")
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=1e-3, atol=2e-5), name
+    losses = [RunFolder(tmp_path / name).read().training.held_out_loss for name in ("one", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    steps = [[e for e in RunFolder(tmp_path / name).read_metrics() if "loss" in e] for name in ("one", "run")]
+    for figure in ("loss", "grad_norm"):  # AdamW would forgive a gradient that is twice as long
+        one, two = ([entry[figure] for entry in entries] for entries in steps)
+        assert len(one) == 8 and one == pytest.approx(two, rel=1e-3), figure
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path, tiny_folder, easy_data):
+    run = RunFolder(tmp_path / "run")
+    more = ["--max_steps", "2000", "--save_steps", "1000", "--gradient_accumulation_steps", "4"]
+    with two_processes(tiny_folder, easy_data, run.path, *more) as launcher:
+        deadline = time.monotonic() + 120
+        while not any("loss" in entry for entry in (run.read_metrics() if run.metrics.exists() else [])):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        workers = psutil.Process(launcher.pid).children()
+        (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
+        second.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0 and "stopped by SIGTERM after step" in errors, errors
+    checkpoint, problems = newest_intact_checkpoint(run.checkpoints)
+    assert checkpoint and not problems and f"after step {checkpoint.name.removeprefix('checkpoint-')} of" in errors
+
+
+def test_the_loss_counts_the_answer_or_everything_but_the_first_token():
+    encoded = EncodedExample((1, 5, 6, 7, 8), num_prompt_tokens=3)
+    assert token_sequence(encoded, "completion") == TokenSequence(encoded.ids, (False, False, False, True, True))
+    assert token_sequence(encoded, "all") == TokenSequence(encoded.ids, (False, True, True, True, True))
+
+
+def test_a_step_holds_the_same_examples_however_many_processes_share_it():
+    one = OptimizerStepBatches(21, per_process=8, seed=1)
+    parts = [OptimizerStepBatches(21, per_process=4, seed=1, process=i, processes=2) for i in range(2)]
+    for epoch in range(3):
+        for batches in (one, *parts):
+            batches.set_epoch(epoch)
+        shared = [sorted(a + b) for a, b in zip(*parts, strict=True)]
+        assert [sorted(batch) for batch in one] == shared
+        assert sorted(i for step in shared for i in step) == list(range(21))
+    one.set_epoch(0)
+    first = list(one)
+    one.set_epoch(1)
+    assert list(one) != first and len(one) == 3
+
+
+def test_an_example_that_is_too_long_is_named_and_nothing_is_written(tmp_path, tiny_folder, easy_data):
+    done = train(tmp_path / "run", tiny_folder, easy_data, "--max_length", "50")
+    assert done.returncode == 2 and "36 examples are longer than 50 tokens" in done.stderr
+    assert 'which asks "What\'s red?"' in done.stderr and "and 16 more" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_data_prints_the_statistics_and_trains_nothing(tmp_path, tiny_folder, easy_data):
+    flags = ["--check_data", "--base_model", tiny_folder, "--training_data", easy_data, "--run_dir", tmp_path / "run"]
+    shown = run_script("train_conversation.py", *flags)
+    assert shown.returncode == 0 and "fix mistral regex" in shown.stdout
+    counted = json.loads(run_script("train_conversation.py", *flags, "--json").stdout)
+    assert counted["examples"] == 36 and counted["add_choice_calls"] == 108 and counted["duplicates"] == 0
+    assert counted["token_lengths"]["min"] <= counted["token_lengths"]["p95"] <= counted["token_lengths"]["max"]
+    assert 0 < counted["label_token_share"] < 1 and counted["examples_changed_by_fix_mistral_regex"] == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_architecture_that_cannot_be_trained_is_refused_and_nothing_stays_on_disk(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "gpt2")
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=vocabulary)
+    (folder / "model.safetensors").unlink()
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    (tmp_path / "data.jsonl").write_bytes(to_jsonl(easy_lines()[:12]))
+    flags = ["--base_model", folder, "--training_data", tmp_path / "data.jsonl", "--run_dir", tmp_path / "run"]
+    done = run_script("train_conversation.py", *flags)
+    assert done.returncode == 2 and "a GPT2LMHeadModel cannot be trained here" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
