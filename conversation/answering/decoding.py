@@ -1,10 +1,20 @@
-"""Ask a model: greedy answers as token ids."""
+"""Ask a model. How its answer is chosen is a `Decoding`; everything that asks calls `generate_answer(s)`.
+
+- greedy: the likeliest token each time, free to leave the format. What the structural tests judge.
+- sampled: tokens drawn at a temperature, free as well.
+- constrained: greedy within the grammar of the format. Always valid, nothing said twice.
+- contrast: constrained, and what the question makes likely counts more than what is likely after any question.
+- best_of_n: the constrained answer and n - 1 drawn within the grammar; the one that the question speaks for most.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from conversation.answering.scoring import scores
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.tokenizer import encode_prompt
@@ -13,20 +23,114 @@ from conversation_config import MAX_NEW_TOKENS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PROMPTS_AT_A_TIME = 16
 
-def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Greedy answers, in one batch, as token ids up to and including `<end_of_turn>`, at most MAX_NEW_TOKENS each."""
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is chosen. Raises ValueError for an option that cannot be right.
+
+    `temperature`, `top_p` and `seed` count where tokens are drawn (sampled, best_of_n); `strength` is the a of
+    (1 + a) log p(token | question) - a log p(token | neutral question); `n` the number of answers to choose from.
+    """
+
+    method: Literal["greedy", "sampled", "constrained", "contrast", "best_of_n"]
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+    strength: float = 0.5
+    n: int = 5
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.method not in ("greedy", "sampled", "constrained", "contrast", "best_of_n"):
+            problems.append(f"unknown method {self.method!r}")
+        if not 0 < self.temperature < math.inf:
+            problems.append(f"the temperature must be greater than 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be greater than 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"the seed must be at least 0 and less than 2^63, not {self.seed}")
+        if not 0 < self.strength < math.inf:
+            problems.append(f"the strength must be greater than 0, not {self.strength}")
+        if self.n < 1:
+            problems.append(f"n must be at least 1, not {self.n}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+GREEDY = Decoding("greedy")
+SAMPLED = Decoding("sampled")
+CONSTRAINED = Decoding("constrained")
+CONTRAST = Decoding("contrast")
+BEST_OF_N = Decoding("best_of_n")
+
+
+def generate_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, decoding: Decoding = GREEDY
+) -> list[int]:
+    """The answer to a prompt: see `generate_answers`."""
+    return generate_answers(model, tokenizer, [prompt], decoding)[0]
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    decoding: Decoding = GREEDY,
+) -> list[list[int]]:
+    """An answer to each prompt as token ids, up to and including `<end_of_turn>`.
+
+    Greedy and sampled answers are made for at most 16 prompts at a time, and are cut after MAX_NEW_TOKENS tokens. What
+    is sampled depends on the seed and on the prompts that are asked together. The other methods ask one by one; their
+    answers are valid, with fragments, follow-ups and targets that are all distinct.
+    """
+    if decoding.method not in ("greedy", "sampled"):
+        return [_within_the_grammar(model, tokenizer, prompt, decoding) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda place: len(encoded[place]))  # so that little is padded
+    answers: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(by_length), PROMPTS_AT_A_TIME):
+        batch = by_length[start : start + PROMPTS_AT_A_TIME]
+        found = _free(model, tokenizer, [encoded[place] for place in batch], decoding)
+        for place, answer in zip(batch, found, strict=True):
+            answers[place] = answer
+    return answers
+
+
+def _free(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[list[int]], decoding: Decoding
+) -> list[list[int]]:
     import torch
     from transformers import GenerationConfig
 
     end_of_turn, pad = tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.pad_token_id
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=end_of_turn, pad_token_id=pad
+    drawn = (
+        {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        if decoding.method == "sampled"
+        else {"do_sample": False}
     )
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    settings = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, eos_token_id=end_of_turn, pad_token_id=pad, **drawn)
     width = max(map(len, encoded))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(decoding.seed)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
     return [row[: row.index(end_of_turn) + 1] if end_of_turn in row else row for row in output]
+
+
+def _within_the_grammar(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, decoding: Decoding
+) -> list[int]:
+    import torch
+
+    from conversation.answering.constrained import Draw, Writer
+
+    writer = Writer(model, tokenizer, prompt, decoding.strength if decoding.method == "contrast" else 0.0)
+    if decoding.method != "best_of_n":
+        return writer.write()
+    draw = Draw(decoding.temperature, decoding.top_p, torch.Generator().manual_seed(decoding.seed))
+    answers = [writer.write(), *(writer.write(draw) for _ in range(decoding.n - 1))]
+    found = scores(model, tokenizer, [(prompt, answer) for answer in answers])
+    return answers[found.index(max(found))]

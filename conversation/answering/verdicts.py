@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conversation.answering.decoding import ask
+from conversation.answering.decoding import generate_answers
 from conversation.data.questions import Case
 from conversation.format.calls import Answer, repeated
 from conversation.format.parser import FormatError, parse_answer
@@ -94,6 +94,6 @@ def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
 
 
 def run_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> list[Verdict]:
-    """Ask and judge; the cases go through the model in one batch."""
-    answers = ask(model, tokenizer, [case.prompt for case in cases])
+    """Ask, greedily, and judge."""
+    answers = generate_answers(model, tokenizer, [case.prompt for case in cases])
     return [judge(case, tokenizer, ids) for case, ids in zip(cases, answers, strict=True)]

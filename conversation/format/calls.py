@@ -183,9 +183,9 @@ class Answer:
     def pieces(self) -> list[str]:
         pieces: list[str] = []
         for fragment in self.fragments:
-            pieces += _call_pieces("add_text", content=fragment)
+            pieces += call_pieces("add_text", content=fragment)
         for choice in self.follow_ups:
-            pieces += _call_pieces("add_choice", text=choice.text, confidence=choice.confidence, target=choice.target)
+            pieces += call_pieces("add_choice", text=choice.text, confidence=choice.confidence, target=choice.target)
         return pieces + [Control(END_OF_TURN)]
 
     @property
@@ -209,7 +209,8 @@ class Example:
         return self.prompt.text + self.answer.text
 
 
-def _call_pieces(function: str, **arguments: str) -> list[str]:
+def call_pieces(function: str, **arguments: str) -> list[str]:
+    """One function call, with the line break after it."""
     pieces: list[str] = [Control(START_CALL), f"\ncall:{function}{{"]
     for i, (name, value) in enumerate(arguments.items()):
         pieces += [f"{',' if i else ''}{name}:", Control(ESCAPE), value, Control(ESCAPE)]

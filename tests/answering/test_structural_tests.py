@@ -4,13 +4,11 @@ import json
 
 import pytest
 
-from conversation.answering.decoding import ask
 from conversation.answering.verdicts import judge
 from conversation.data.questions import THREE_CASES, Case, read_questions
 from conversation.errors import UserError
 from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
 from conversation.models import tokenizer
-from conversation.models.weights import load_model
 from conversation.runs.report import STOPS_HERE
 from conversation_config import HELD_OUT_QUESTIONS
 
@@ -47,15 +45,6 @@ def test_prose_fails_at_its_first_character(loaded):
 def test_control_tokens_in_ordinary_letters_fail(loaded):
     verdict = judge(CASE, loaded, tokenizer.encode(loaded, [str(piece) for piece in map(str, GOOD.pieces())]))
     assert verdict.output == GOOD.text and not verdict.passed and "spelled out" in verdict.problem
-
-
-def test_answers_in_a_batch_are_those_of_each_prompt_alone(tiny_folder, loaded):
-    model = load_model(tiny_folder).eval()
-    prompts = [case.prompt for case in THREE_CASES]
-    together = ask(model, loaded, prompts)
-    alone = [ask(model, loaded, [prompt])[0] for prompt in prompts]
-    assert together == alone
-    assert all(len(ids) <= 300 for ids in together)
 
 
 def test_the_three_cases_are_those_of_the_design():
