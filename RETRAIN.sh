@@ -33,5 +33,8 @@ run merge_conversation_model.py --run_dir "$attempt" --resume
 stage "Structural tests" # three questions that gate, twenty held-out ones that inform
 run test_conversation_model.py --run_dir "$attempt" --resume
 
+stage "Evaluate" # what the answers are worth, in short: information, it gates nothing
+run evaluate_conversation_model.py --run_dir "$attempt" --short --resume || echo "warning: not evaluated" >&2
+
 stage "Publish" # the attempt gets its name, and `latest` points at it
 bookkeeping publish

@@ -202,8 +202,13 @@ def path_from_anywhere(name: str) -> str:
     return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT and not named else name
 
 
-def quiet_libraries() -> None:
-    """Their progress bars and notices would bury ours."""
+def set_up_libraries() -> None:
+    """Settings that libraries read when they are loaded; what the user has set stays.
+
+    OpenMP's threads sleep while they wait for each other: beside another busy program they would spin in vain, and a
+    step or an answer would take several times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -19,7 +19,7 @@ from conversation.runs.files import check_disk_space, find_damage, shown
 from conversation.runs.folder import RunFolder, named_run
 from conversation.runs.record import RunRecord
 from conversation.runs.report import write_report
-from conversation_config import quiet_libraries
+from conversation_config import set_up_libraries
 
 COMPARED_PROMPTS = 3
 
@@ -58,7 +58,7 @@ def merge(run: RunFolder, record: RunRecord, base_model: str) -> None:
     for folder, files in ((run.final_lora, training.adapter_files), (run.path, training.files)):
         if damage := find_damage(folder, files):
             raise UserError(f"the adapters or data are not those of the training: {damage}", "train with --resume")
-    quiet_libraries()
+    set_up_libraries()
     from conversation.models import base_models, merging, tokenizer, weights
 
     base_folder = base_models.find_base_model(base_model)
@@ -72,6 +72,7 @@ def merge(run: RunFolder, record: RunRecord, base_model: str) -> None:
     print("Merging in FP32, then reading the model back from disk ...", flush=True)
     prompts = [example.prompt for example in read_jsonl(run.training_data)[:COMPARED_PROMPTS]]
     result = merging.merge(base_folder, run.final_lora, run.merged_model, prompts, training.adapter_files)
+    run.evaluation.unlink(missing_ok=True)  # it was of another model
     run.write(replace(record, merge=result, structural_tests=None))
     print(f"Merged: {shown(run.merged_model)}, {result}")
 

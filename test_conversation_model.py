@@ -22,7 +22,7 @@ from conversation.runs.files import find_damage, shown
 from conversation.runs.folder import RunFolder, named_run
 from conversation.runs.record import AnswersReport, RunRecord
 from conversation.runs.report import write_report
-from conversation_config import HELD_OUT_QUESTIONS, quiet_libraries
+from conversation_config import HELD_OUT_QUESTIONS, set_up_libraries
 
 
 def main() -> int:
@@ -71,7 +71,7 @@ def ask_run(run: RunFolder, record: RunRecord, questions_file: Path) -> AnswersR
 def ask(folder: Path, questions_file: Path, expected_fingerprint: str | None = None) -> AnswersReport:
     """Check model and tokenizer, put the three tests and the held-out questions to it, print the verdicts."""
     questions = read_questions(questions_file)
-    quiet_libraries()
+    set_up_libraries()
     from conversation.answering.structural_tests import run_tests
     from conversation.models.merged_model import load_verified
 

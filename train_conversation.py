@@ -29,7 +29,7 @@ from conversation.runs.machine import is_first_process
 from conversation.runs.publishing import LATEST, begin_attempt, bytes_of_attempts, newest_attempt
 from conversation.runs.record import RunRecord, changes_on_resume
 from conversation.runs.report import write_report
-from conversation_config import TRAINING_RUNS, add_training_flags, quiet_libraries, resolve_settings
+from conversation_config import TRAINING_RUNS, add_training_flags, resolve_settings, set_up_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     args = parse_flags()
-    quiet_libraries()
+    set_up_libraries()
     from conversation.training.preparation import prepare, print_statistics
 
     if args.check_data:

@@ -39,7 +39,7 @@ from conversation.data.examples import read_training_data  # noqa: E402
 from conversation.errors import CommandLine, UserError, run_main  # noqa: E402
 from conversation.runs.folder import now  # noqa: E402
 from conversation.runs.machine import environment  # noqa: E402
-from conversation_config import STAND_IN, TrainingConfig, quiet_libraries  # noqa: E402
+from conversation_config import STAND_IN, TrainingConfig, set_up_libraries  # noqa: E402
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -79,7 +79,7 @@ def main() -> int:
         raise UserError(f"unknown: {', '.join(sorted(unknown))}", f"--variants takes {', '.join(VARIANTS)}")
     if min(args.rounds, args.trl_rounds) < 1:
         raise UserError("--rounds and --trl_rounds must be at least 1")
-    quiet_libraries()
+    set_up_libraries()
     if args.growth:
         growth = measure_growth(GROWTH)
         draw_growth(growth, args.growth_plot)
@@ -347,7 +347,7 @@ def run_variant(name: str, job: Job, connection: Connection) -> None:
     """The whole life of a worker process."""
     os.dup2(2, 1)  # what libraries print must not mix with our output
     os.environ["HF_HUB_OFFLINE"] = "1"
-    quiet_libraries()
+    set_up_libraries()
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 

@@ -313,7 +313,7 @@ class Retrain:
         return self.process.wait(seconds)
 
     def reached(self, stage: int) -> bool:
-        return f"\n[{stage}/5] " in self.output
+        return f"\n[{stage}/6] " in self.output
 
     def kill(self) -> None:
         """SIGKILL to the shell and to everything below it, as when a machine loses its power."""

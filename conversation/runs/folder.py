@@ -87,6 +87,14 @@ class RunFolder:
         return self.path / "structural_tests.json"
 
     @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_plot(self) -> Path:
+        return self.path / "evaluation.png"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.md"
 

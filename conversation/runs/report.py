@@ -7,6 +7,8 @@ import re
 import shlex
 
 from conversation.errors import UserError
+from conversation.runs.comparison import draw_evaluation, figures_table
+from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RUN_NAME, RunFolder
 from conversation.runs.loss_curve import draw_loss_curve
@@ -31,12 +33,29 @@ def write_report(run: RunFolder) -> None:
         _tests(tests),
         "## Held-out questions",
         _held_out(tests),
+        *_evaluation(run),
         "## What it was trained with",
         _settings(record),
         "## Repeat it",
         _verbatim(command_that_repeats(record)),
     ]
     write_atomically(run.report, ("\n\n".join(parts) + "\n").encode())
+
+
+def _evaluation(run: RunFolder) -> list[str]:
+    """The section on evaluation.json, with its plot drawn; empty where the model is not evaluated."""
+    evaluation = read_evaluation(run.evaluation)
+    if evaluation is None:
+        return []
+    draw_evaluation(evaluation, run.evaluation_plot)
+    asked = f"{len(evaluation.answers)} held-out questions, {evaluation.decoding} decoding"
+    return [
+        "## What the answers are worth",
+        f"{asked}, in {evaluation.seconds / 60:.1f} minutes. The answers are in `evaluation.json`.",
+        "![Figures of the evaluation](evaluation.png)",
+        figures_table({"this run": evaluation}),
+        *evaluation.notes,
+    ]
 
 
 def summary(record: RunRecord) -> str:

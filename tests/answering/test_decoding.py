@@ -16,7 +16,7 @@ from conversation.answering.decoding import (
     generate_answer,
     generate_answers,
 )
-from conversation.answering.scoring import score
+from conversation.answering.scoring import scores
 from conversation.answering.verdicts import judge
 from conversation.data.questions import THREE_CASES, Case
 from conversation.format.calls import Prompt
@@ -264,13 +264,13 @@ def test_best_of_n_is_the_answer_that_the_question_speaks_for_most(model, tokeni
 
     def listening(model, tokenizer, pairs):
         seen.extend(answer for _, answer in pairs)
-        return [score(model, tokenizer, prompt, answer) for prompt, answer in pairs]
+        return [scores(model, tokenizer, [(prompt, answer)])[0] for prompt, answer in pairs]
 
     monkeypatch.setattr(decoding, "scores", listening)
     best = generate_answer(model, tokenizer, PROMPT, Decoding("best_of_n", temperature=2.0, n=3))
     assert len({tuple(each) for each in seen}) == 3
     assert seen[0] == generate_answer(model, tokenizer, PROMPT, CONSTRAINED)
-    assert best == max(seen, key=lambda answer: score(model, tokenizer, PROMPT, answer))
+    assert best == max(seen, key=lambda answer: scores(model, tokenizer, [(PROMPT, answer)])[0])
     for answer in seen:
         verdict_of(tokenizer, answer)
     assert BEST_OF_N.n > 1

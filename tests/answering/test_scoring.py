@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conversation.answering import scoring
-from conversation.answering.scoring import NEUTRAL_PROMPT, log_probabilities, score, scores
+from conversation.answering import token_losses
+from conversation.answering.scoring import NEUTRAL_PROMPT, log_probabilities, scores
 from conversation.format.calls import Prompt
 from conversation.models.tokenizer import encode, encode_prompt, load_tokenizer
 from conversation.models.weights import load_model
@@ -12,9 +12,7 @@ from conversation.models.weights import load_model
 
 @pytest.fixture(scope="module")
 def loaded(tiny_folder):
-    model = load_model(tiny_folder).eval()
-    model.config.sliding_window = 24  # shorter than prompt and answer
-    return model, load_tokenizer(tiny_folder)
+    return load_model(tiny_folder).eval(), load_tokenizer(tiny_folder)
 
 
 def plain(model, tokenizer, prompt, answer):
@@ -29,8 +27,8 @@ def plain(model, tokenizer, prompt, answer):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_log_probabilities_are_those_of_the_plain_formula(loaded, own_examples, monkeypatch, softcap):
     model, tokenizer = loaded
-    monkeypatch.setattr(scoring, "ANSWERS_AT_A_TIME", 2)
-    monkeypatch.setattr(scoring, "HEAD_ROWS", 7)
+    monkeypatch.setattr(token_losses, "PACKED_TOKENS", 300)
+    monkeypatch.setattr(token_losses, "ROWS", 7)
     monkeypatch.setattr(model.config, "final_logit_softcapping", softcap)
     first, second, third = own_examples[:3]
     answers = [encode(tokenizer, each.answer.pieces()) for each in (first, second, third)]
@@ -49,8 +47,8 @@ def test_the_score_is_what_the_question_adds(loaded, own_examples):
     model, tokenizer = loaded
     prompt, answer = own_examples[5].prompt, encode(tokenizer, own_examples[5].answer.pieces())
     expected = plain(model, tokenizer, prompt, answer) - plain(model, tokenizer, NEUTRAL_PROMPT, answer)
-    assert score(model, tokenizer, prompt, answer) == pytest.approx(expected, abs=0.01)
-    assert score(model, tokenizer, Prompt("Tell me something."), answer) == 0
+    assert scores(model, tokenizer, [(prompt, answer)])[0] == pytest.approx(expected, abs=0.01)
+    assert scores(model, tokenizer, [(Prompt("Tell me something."), answer)])[0] == 0
 
 
 def test_an_empty_answer_is_refused_and_no_pairs_are_no_scores(loaded):

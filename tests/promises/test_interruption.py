@@ -186,7 +186,7 @@ def test_retrain_stopped_by_sigterm_then_killed_while_merging_and_publishing_pub
     assert "stopped by SIGTERM after step" in retrain.output and "The attempt is kept in" in retrain.output
     assert kill_in_stage(home, resumed_retrain(home), 3, 3)
     assert published(home) == [] and not (runs / "latest").exists()
-    kill_in_stage(home, resumed_retrain(home), 5, 0.2)
+    kill_in_stage(home, resumed_retrain(home), 6, 0.2)
     last = resumed_retrain(home)
     assert last.finish() == 0, last.output
     (run,) = published(home)
@@ -195,7 +195,7 @@ def test_retrain_stopped_by_sigterm_then_killed_while_merging_and_publishing_pub
     assert adapters(run) == undisturbed_adapters(home, tmp_path)
 
 
-STAGES = ((2, 8.0), (2, 20.0), (2, 38.0), (3, 12.0), (4, 12.0), (5, 2.0))  # and how long they take, in seconds
+STAGES = ((2, 8.0), (2, 20.0), (2, 38.0), (3, 12.0), (4, 12.0), (6, 2.0))  # and how long they take, in seconds
 
 
 @pytest.mark.parametrize("seed", [10, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(11, 17))])

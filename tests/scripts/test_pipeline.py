@@ -36,8 +36,8 @@ def published(home):
 
 
 def test_the_default_model_is_trained_merged_tested_and_published(home, published):
-    stages = re.findall(r"^\[(\d)/5\]", published.stdout, re.M)
-    assert stages == ["1", "2", "3", "4", "5"]
+    stages = re.findall(r"^\[(\d)/6\]", published.stdout, re.M)
+    assert stages == ["1", "2", "3", "4", "5", "6"]
     assert "3 of 3 structural tests passed" in published.stdout
     assert "Held out:  " in published.stderr and re.search(r"Report:    \S+/report.md\n$", published.stdout)
     runs = home / "training-runs" / "conversation"

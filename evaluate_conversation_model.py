@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Evaluate what a model's answers are worth, on 100 held-out questions; offline, on a CPU or a GPU.
+
+    evaluate_conversation_model.py                             the newest run
+    evaluate_conversation_model.py --run_dir RUN               that run
+    evaluate_conversation_model.py --model FOLDER              a merged model folder by itself; see --output
+    evaluate_conversation_model.py --compare RUN RUN ...       runs side by side, from their records; asks nothing
+
+Half of the questions are on known topics in unseen wording, half on topics that no training text treats. The figures
+(form, repetition, knowledge, losses by kind of token, relevance, confidence) are defined in
+conversation/data/figures.py and conversation/answering/knowledge.py. They inform; they gate nothing.
+Leaves evaluation.json, evaluation.png and a section of report.md in the run folder.
+Exit status: 0 evaluated; 2 not started.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from conversation.data.examples import read_jsonl
+from conversation.data.questions import read_held_out
+from conversation.errors import CommandLine, UserError, run_main
+from conversation.runs.comparison import comparison_table, draw_comparison, figures_table
+from conversation.runs.evaluation_record import Evaluation, write_evaluation
+from conversation.runs.files import find_damage, shown
+from conversation.runs.folder import RunFolder, named_run
+from conversation.runs.lock import locked_folder
+from conversation.runs.report import write_report
+from conversation_config import EVALUATION_QUESTIONS, set_up_libraries
+
+DECODINGS = ("greedy", "constrained", "contrast", "best_of_n")
+SHORT_EVERY = 4  # a short evaluation asks every fourth question
+
+
+def main() -> int:
+    args = parse_flags()
+    if args.compare:
+        runs = [RunFolder(path.resolve()) for path in args.compare]
+        print(comparison_table(runs))
+        draw_comparison(runs, args.output.with_suffix(".png"))
+        print(f"Plot: {shown(args.output.with_suffix('.png'))}")
+        return 0
+    if args.model:
+        evaluation = evaluate(args, args.model.resolve(), None, None)
+        write_evaluation(evaluation, args.output)
+        print(f"\n{figures_table({args.model.name: evaluation})}\nWritten: {shown(args.output)}")
+        return 0
+    run = named_run(args.run_dir)
+    record = run.read()
+    if not record.merge:
+        raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
+    if damage := find_damage(run.merged_model, record.merge.files):
+        raise UserError(f"the merged model is not the one that was verified: {damage}", "merge it again")
+    if args.resume and run.evaluation.exists():
+        print("The model is evaluated already.")
+        return 0
+    with locked_folder(run.path):  # of a published run, too: an evaluation is added to it, and nothing changed
+        evaluation = evaluate(args, run.merged_model, record.base_model.tokenizer_fingerprint, run.training_data)
+        write_evaluation(evaluation, run.evaluation)
+        write_report(run)
+    print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
+    return 0
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = CommandLine(__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
+    which.add_argument("--model", type=Path, help="a merged model folder")
+    which.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="run folders to compare")
+    parser.add_argument("--resume", action="store_true", help="do nothing when the run is evaluated already")
+    parser.add_argument("--short", action="store_true", help="25 questions, no sampled answers, no embeddings")
+    parser.add_argument("--decoding", choices=DECODINGS, default="greedy", help="how to answer (default: greedy)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("evaluation.json"), help="with --model and --compare: where the result goes"
+    )
+    return parser.parse_args()
+
+
+def evaluate(args: argparse.Namespace, folder: Path, fingerprint: str | None, training_data: Path | None) -> Evaluation:
+    """Ask and measure the model of a merged folder. Raises UserError unless it is intact."""
+    cases = [case for path in EVALUATION_QUESTIONS for case in read_held_out(path)]
+    if args.short:
+        cases = cases[::SHORT_EVERY]
+    training = read_jsonl(training_data) if training_data and training_data.exists() else []
+    set_up_libraries()
+    from conversation.answering.decoding import Decoding
+    from conversation.answering.evaluation import evaluate as evaluate_model
+    from conversation.models.merged_model import load_verified
+
+    model, tokenizer = load_verified(folder, fingerprint)
+    spread = training[:: max(1, len(training) // len(cases))]
+    return evaluate_model(model, tokenizer, folder.name, cases, spread, Decoding(args.decoding), args.short)
+
+
+if __name__ == "__main__":
+    run_main(main)

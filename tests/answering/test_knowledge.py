@@ -1,0 +1,103 @@
+"""What a model holds likely is what its plain forward pass says; the figures find the right answer when it is there."""
+
+import pytest
+import torch
+from conftest import easy_lines
+
+from conversation.answering import knowledge
+from conversation.answering.token_losses import label_log_probabilities
+from conversation.data.questions import HeldOutCase
+from conversation.format.calls import Answer, Example, FollowUp, Prompt
+from conversation.models.tokenizer import decode, encode, encode_example, load_tokenizer
+from conversation.models.weights import load_model
+from conversation.training.prefix_tree import TokenSequence
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder):
+    return load_model(tiny_folder).eval(), load_tokenizer(tiny_folder)
+
+
+def test_log_probabilities_are_those_of_the_plain_forward_pass(loaded, tiny_folder):
+    model, tokenizer = loaded
+    plain = load_model(tiny_folder).eval()
+    sequences = []
+    for example in easy_lines()[:5]:
+        encoded = encode_example(tokenizer, example)
+        is_label = tuple(i >= encoded.num_prompt_tokens for i in range(len(encoded.ids)))
+        sequences.append(TokenSequence(encoded.ids, is_label))
+    found = label_log_probabilities(model, [*sequences, sequences[0]], candidates=[7, 9])
+    for sequence, ours in zip([*sequences, sequences[0]], found, strict=True):
+        with torch.no_grad():
+            expected = plain(torch.tensor([sequence.ids])).logits[0].double().log_softmax(-1)
+        rows = [i for i, is_label in enumerate(sequence.is_label) if is_label]
+        for row, values in zip(rows, ours, strict=True):
+            wanted = expected[row - 1][[sequence.ids[row], 7, 9]]
+            torch.testing.assert_close(values, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_every_token_of_an_answer_has_its_kind(loaded):
+    model, tokenizer = loaded
+    answer = Answer(("One, two.", "Three."), tuple(FollowUp(f"Why {n}?", f"0.{n}1", f"why_{n}") for n in (5, 3, 1)))
+    ids = encode(tokenizer, answer.pieces())
+    kinds = knowledge.Scorer(model, tokenizer)._kinds(ids, 2)
+    values = {
+        kind: decode(tokenizer, [token for token, k in zip(ids, kinds, strict=True) if k == kind])
+        for kind in set(kinds)
+    }
+    assert values["fragments"] == "One, two.Three." and values["follow_ups"] == "Why 5?Why 3?Why 1?"
+    assert values["confidence"] == "0.510.310.11" and values["targets"] == "why_5why_3why_1"
+    assert "call:add_text" in values["syntax"] and len(kinds) == len(ids)
+
+
+def test_losses_by_kind_weigh_to_the_loss_of_all(loaded):
+    model, tokenizer = loaded
+    scorer = knowledge.Scorer(model, tokenizer)
+    examples = easy_lines()[:4]
+    losses = scorer.losses_by_kind(examples)
+    _, kinds = scorer._answers(examples)
+    counts = {kind: sum(names.count(kind) for names in kinds) for kind in {each for names in kinds for each in names}}
+    total = -sum(found[:, 0].sum().item() for found in label_log_probabilities(model, scorer._answers(examples)[0]))
+    assert sum(getattr(losses, kind) * count for kind, count in counts.items()) == pytest.approx(total, rel=1e-3)
+
+
+def cases(number: int, roots: bool = True) -> list[HeldOutCase]:
+    found = []
+    for i, word in enumerate(("red", "blue", "green", "dark", "warm", "cold", "long", "thin")[:number]):
+        follow_ups = tuple(FollowUp(f"{word} {n}?", f"0.{n}", f"{word}_{n}") for n in (5, 3, 1))
+        found.append(HeldOutCase("known", "d", word, Prompt(f"What's {word}?"), Answer((word,), follow_ups), i % 3))
+    return found
+
+
+class Oracle:
+    """A scorer that finds a text likely when it names the word of the question, and all alike when it is neutral."""
+
+    def log_probabilities(self, pairs):
+        return [
+            0.0 if prompt == knowledge.NEUTRAL_PROMPT else float(prompt.question[7:-1] in "".join([*pieces]))
+            for prompt, _, pieces in pairs
+        ]
+
+
+def test_the_right_answer_and_follow_up_are_found_by_who_knows_and_not_by_who_does_not():
+    eight = cases(8)
+    assert knowledge.right_of_five(Oracle(), eight) == [True] * 8
+    assert knowledge.follow_up_ranks(Oracle(), eight) == [1] * 8
+    oracle = Oracle()
+    oracle.log_probabilities = lambda pairs: [0.0] * len(pairs)
+    assert knowledge.right_of_five(oracle, eight) == [False] * 8  # a tie is not an answer
+    assert knowledge.follow_up_ranks(oracle, eight) == [8] * 8
+
+
+def test_expected_confidences_are_read_at_the_digit_of_the_tenths(loaded):
+    model, tokenizer = loaded
+    found = knowledge.Scorer(model, tokenizer).expected_confidences(cases(3))
+    assert len(found) == 3 and all(len(each) == 3 and all(0.05 <= value <= 0.95 for value in each) for each in found)
+
+
+def test_an_example_without_a_repeated_sequence_is_computed_once(loaded):
+    model, tokenizer = loaded
+    example = Example(Prompt("Why?"), easy_lines()[0].answer)
+    both = knowledge.Scorer(model, tokenizer).losses_by_kind([example, example])
+    assert both == knowledge.Scorer(model, tokenizer).losses_by_kind([example, example])
+    assert both.examples == 2

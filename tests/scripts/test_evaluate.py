@@ -1,0 +1,74 @@
+"""evaluate_conversation_model.py on a tiny run: what it leaves, what it compares, what it refuses."""
+
+import json
+import shutil
+
+import pytest
+from conftest import run_script
+from faults import finished
+
+from conversation.runs.evaluation_record import read_evaluation
+from conversation.runs.folder import RunFolder
+
+EVALUATE = "evaluate_conversation_model.py"
+
+
+@pytest.fixture(scope="module")
+def evaluated(untouched, tmp_path_factory):
+    """A copy of a tiny run, evaluated in short."""
+    run = RunFolder(shutil.copytree(untouched, tmp_path_factory.mktemp("evaluated") / "run"))
+    status, output = finished(EVALUATE, "--run_dir", run.path, "--short", output=run.path.parent / "out")
+    assert status == 0, output
+    return run
+
+
+def test_it_leaves_its_figures_and_answers_a_plot_and_a_section_of_the_report(evaluated):
+    evaluation = read_evaluation(evaluated.evaluation)
+    assert evaluation.short and len(evaluation.answers) == 25 and set(evaluation.sets) == {"known", "unseen", "all"}
+    assert evaluation.sets["all"].questions == sum(evaluation.sets[name].questions for name in ("known", "unseen"))
+    assert evaluation.training_losses.examples == 25 and evaluation.held_out_losses.fragments > 0
+    for answer in evaluation.answers:
+        assert answer.output and (answer.texts is None) == (answer.problem is not None) and not answer.sampled
+    assert evaluated.evaluation_plot.read_bytes().startswith(b"\x89PNG")
+    report = evaluated.report.read_text()
+    assert "## What the answers are worth" in report and "right answer likeliest of five" in report
+
+
+def test_the_figures_are_those_of_the_answers_in_the_file(evaluated):
+    value = json.loads(evaluated.evaluation.read_text())
+    for name, figures in value["sets"].items():
+        answers = [each for each in value["answers"] if name in (each["set_name"], "all")]
+        assert figures["valid"] == pytest.approx(
+            sum(each["problem"] is None for each in answers) / len(answers), abs=1e-4
+        )
+        right = sum(each["right_of_five"] for each in answers) / len(answers)
+        assert figures["right_of_five"] == pytest.approx(right, abs=1e-4)
+        assert sum(figures["breaks"].values()) == sum(each["problem"] is not None for each in answers)
+
+
+def test_a_resumed_one_is_done_already_and_a_new_merge_makes_it_void(evaluated, tmp_path):
+    status, output = finished(EVALUATE, "--run_dir", evaluated.path, "--resume", output=tmp_path / "again")
+    assert status == 0 and "evaluated already" in output
+    copy = RunFolder(shutil.copytree(evaluated.path, tmp_path / "copy"))
+    status, output = finished("merge_conversation_model.py", "--run_dir", copy.path, output=tmp_path / "merge")
+    assert status == 0 and not copy.evaluation.exists(), output
+
+
+def test_runs_are_compared_by_settings_losses_and_figures(evaluated, untouched, tmp_path):
+    other = RunFolder(shutil.copytree(untouched, tmp_path / "other"))
+    done = run_script(EVALUATE, "--compare", evaluated.path, other.path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "held-out loss" in done.stdout and "Not evaluated yet: other." in done.stdout
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_evaluated_is_refused_in_one_sentence(untouched, tmp_path):
+    copy = RunFolder(shutil.copytree(untouched, tmp_path / "run"))
+    (copy.merged_model / "model.safetensors").unlink()
+    for flags in (["--run_dir", copy.path], ["--run_dir", tmp_path], ["--model", tmp_path], ["--compare", tmp_path]):
+        done = run_script(EVALUATE, *flags, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+        assert "Traceback" not in done.stderr
+    copy.evaluation.write_text("{}")
+    done = run_script(EVALUATE, "--compare", copy.path, cwd=tmp_path)
+    assert done.returncode == 2 and "evaluation.json is broken" in done.stderr
