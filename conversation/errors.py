@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -67,7 +68,8 @@ def as_user_error(error: BaseException) -> UserError | None:
 def run_main(main: Callable[[], int]) -> None:
     """Run a script's `main` and leave with its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what cannot be shown must not stop the work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what cannot be shown must not stop the work
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP: leave it so
             signal.signal(number, _interrupt)
@@ -75,8 +77,10 @@ def run_main(main: Callable[[], int]) -> None:
         if any("\udc80" <= character <= "\udcff" for argument in sys.argv[1:] for character in argument):
             raise UserError("an argument is not UTF-8", "rename the file, or the folder, that it names")
         sys.exit(main())
-    except (UserError, KeyboardInterrupt, OSError, ModuleNotFoundError) as error:
+    except BaseException as error:
         found = as_user_error(error)
+        if found is None:
+            raise  # a defect, or the end with an exit status
         print(f"error: {found}", file=sys.stderr)
         if found.hint:
             print(f"hint: {found.hint}", file=sys.stderr)

@@ -39,8 +39,8 @@ def main() -> int:
     for word in unknown:
         places = found[word] or found[f"{word}'s"]
         if len(places) <= MAX_TREES:
-            tree, text = next(iter(places.items()))
-            print(f"{word:20} {tree}: {text}")
+            place, text = next(iter(places.items()))
+            print(f"{word:20} {place}: {text}")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
@@ -27,6 +27,7 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Seq
     width = max(map(len, encoded))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
+    generate: Any = model.generate  # PreTrainedModel's annotations leave it out
     with torch.inference_mode():
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+        output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
     return [row[: row.index(end_of_turn) + 1] if end_of_turn in row else row for row in output]

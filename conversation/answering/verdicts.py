@@ -70,11 +70,12 @@ class Verdict:
             position=self.position,
             warnings=tuple(self.warnings),
             distinct_choices=self.has_distinct_follow_ups,
-            texts=answer and answer.fragments,
-            choices=answer
-            and tuple(
+            texts=answer.fragments if answer else None,
+            choices=tuple(
                 {"text": each.text, "confidence": each.probability, "target": each.target} for each in answer.follow_ups
-            ),
+            )
+            if answer
+            else None,
             output=self.output,
         )
 

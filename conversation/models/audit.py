@@ -19,6 +19,7 @@ from conversation.models.tokenizer import (
     decode,
     encode_example,
     fingerprint,
+    id_of,
     load_tokenizer,
 )
 
@@ -96,7 +97,7 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         seen[ids[0]] = token
         if len(tokenizer) >= GEMMA_VOCABULARY and ids[0] != FUNCTION_GEMMA_IDS[token]:
             raise _failed(f"{token} is the id {ids[0]}, expected {FUNCTION_GEMMA_IDS[token]}")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids(END_OF_TURN):
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == id_of(tokenizer, END_OF_TURN):
         raise _failed(f"the padding token is the id {tokenizer.pad_token_id}, expected one that does not end a turn")
 
 
@@ -119,7 +120,7 @@ def _check_example(tokenizer: PreTrainedTokenizerBase, example: Example, encoded
         raise _failed(f"{where}: its ids decode to {decoded[at : at + 30]!r}, expected {text[at : at + 30]!r}")
     pieces = [*example.prompt.pieces(), *example.answer.pieces()]
     for token in FORMAT_TOKENS:
-        in_ids = ids.count(tokenizer.convert_tokens_to_ids(token))
+        in_ids = ids.count(id_of(tokenizer, token))
         in_text = sum(isinstance(piece, Control) and piece == token for piece in pieces)
         if in_ids != in_text:
             raise _failed(f"{where}: {token} stands {in_ids} times in the ids, expected {in_text}")

@@ -26,7 +26,7 @@ from conversation.format import calls
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.merged_model import write_manifest
-from conversation.models.tokenizer import encode_prompt, load_tokenizer
+from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer
 from conversation.models.weights import load_model, training_device
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
 from conversation.runs.machine import peak_memory_bytes
@@ -54,7 +54,7 @@ def merge(
     shutil.rmtree(part, ignore_errors=True)
     tokenizer = load_tokenizer(base_folder)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end_of_turn = id_of(tokenizer, END_OF_TURN)
     model = _with_adapters(base_folder, adapters)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     expected = [_observe(model, ids, end_of_turn) for ids in prompt_ids]
@@ -99,7 +99,7 @@ def _with_adapters(base_folder: Path, adapters: Path) -> PeftModel:
 
 
 @torch.inference_mode()
-def _observe(model: torch.nn.Module, ids: list[int], end_of_turn: int) -> tuple[torch.Tensor, list[int]]:
+def _observe(model: Any, ids: list[int], end_of_turn: int) -> tuple[torch.Tensor, list[int]]:
     """Logits at the last positions of a prompt [COMPARED_LOGITS, vocabulary], and the greedy continuation."""
     inputs = torch.tensor([ids], device=model.device)
     logits = model(input_ids=inputs, use_cache=False, logits_to_keep=COMPARED_LOGITS).logits[0].cpu()

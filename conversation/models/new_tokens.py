@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS
 from conversation.models.audit import FUNCTION_GEMMA_IDS, check_control_tokens
-from conversation.models.tokenizer import load_tokenizer
+from conversation.models.tokenizer import id_of, load_tokenizer
 from conversation.models.weights import load_model
 from conversation.runs.files import make_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -33,13 +34,13 @@ def save_with_control_tokens(
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in CONTROL_TOKENS if token not in vocabulary and token in FUNCTION_GEMMA_IDS]
     names = {FUNCTION_GEMMA_IDS[token]: token for token in missing}
-    unused = {i: tokenizer.convert_ids_to_tokens(i) for i in names if i < len(tokenizer)}
-    if missing and all(str(unused.get(i)).startswith("<unused") for i in names):
+    unused = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in names if i < len(tokenizer)}
+    if missing and all(unused.get(i, "").startswith("<unused") for i in names):
         _rename_tokens(folder, {unused[i]: token for i, token in names.items()})
     elif missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
         tokenizer.save_pretrained(folder)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > cast("nn.Embedding", model.get_input_embeddings()).num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     renamed = load_tokenizer(folder)
     for token in (*missing, *untrained):
@@ -68,7 +69,7 @@ def _start_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
     parts = ["<", token.strip("<>").replace("_", " "), ">"]
     word_ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
-    token_id = tokenizer.convert_tokens_to_ids(token)
+    token_id = id_of(tokenizer, token)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     matrices = [model.get_input_embeddings().weight] + ([] if tied else [model.get_output_embeddings().weight])
     with torch.no_grad():

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.models.new_tokens import save_with_control_tokens
@@ -29,10 +29,6 @@ from conversation.runs.files import (
     write_json,
 )
 from conversation_config import CACHE, STAND_IN
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 STAND_IN_PARAMETERS = 268_098_176
@@ -117,7 +113,7 @@ def _convert_stand_in(part: Path) -> None:
     save_with_control_tokens(model, tokenizer, part, UNTRAINED_TOKENS)
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def _forget_quantization(model: Any) -> None:
     """The weights are plain FP32 now; what says otherwise makes `save_pretrained` refuse."""
     del model.config.quantization_config
     model.hf_quantizer = None

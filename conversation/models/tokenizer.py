@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
@@ -71,6 +71,11 @@ def load_tokenizer(folder: Path, fix_mistral_regex: bool = True) -> PreTrainedTo
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
+def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))  # a list comes back only for a list
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:
     """Ids of rendered pieces, without `<bos>`. Only a Control piece becomes a control token.
 
@@ -82,7 +87,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[in
     ids: list[int] = []
     for piece in pieces:
         if isinstance(piece, Control):
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            ids.append(id_of(tokenizer, piece))
         else:
             cuts = [0, *(found.start() + 1 for found in CONTROL_PATTERN.finditer(piece)), len(piece)]
             for start, end in itertools.pairwise(cuts):
@@ -103,7 +108,8 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> Enco
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # a list comes back only for a list of lists
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, int] | None:
@@ -112,7 +118,7 @@ def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
 
     Such text looks valid once it is decoded, and is not: no program that reads ids would find the token.
     """
-    control_ids = {tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
+    control_ids = {id_of(tokenizer, token) for token in CONTROL_TOKENS}
     run: list[int] = []
     for number, token_id in enumerate([*ids, None]):
         if token_id is not None and token_id not in control_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conversation.errors import UserError, list_problems
 from conversation.runs.files import sha256_file
@@ -76,15 +76,16 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
-            output_loading_info=True,
+            output_loading_info=True,  # a pair comes back, against the library's annotation
         )
     except Exception as error:  # the library raises whatever its parsers and validators raise
         raise UserError(f"the model in {folder} cannot be loaded: {error}", "fetch or make it again") from None
+    model, info = loaded
     for problem in ("missing", "mismatched"):
         if keys := sorted(map(str, info[f"{problem}_keys"])):
             raise UserError(

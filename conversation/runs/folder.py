@@ -190,7 +190,7 @@ class RunFolder:
 
     def write_tests(self, report: AnswersReport) -> AnswersResult:
         """Write structural_tests.json; returns what run.json says of it."""
-        counts = {
+        counts: dict[str, Any] = {
             "passed": all(test.passed for test in report.tests),
             "passed_tests": sum(test.passed for test in report.tests),
             "held_out_questions": len(report.held_out),

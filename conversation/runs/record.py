@@ -13,7 +13,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from conversation.data.statistics import DataStatistics
 from conversation.errors import UserError
@@ -227,8 +227,9 @@ def from_json(kind: type[T], value: Any) -> T:
     """A value of one of the classes above from parsed JSON. Raises ValueError that names the keys that do not fit."""
     from pydantic import ValidationError
 
+    adapter = _adapter(cast("type", kind))  # mypy takes a type variable's class for not hashable
     try:
-        return _adapter(kind).validate_json(json.dumps(value), strict=True)
+        return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'the object'}: {e['msg']}" for e in error.errors()]
         raise ValueError("; ".join(problems[:5])) from None

@@ -37,4 +37,5 @@ class EpochDataLoader(DataLoader):
     """Tells its batches the epoch; the Trainer calls `set_epoch` where it exists."""
 
     def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, OptimizerStepBatches)
         self.batch_sampler.set_epoch(epoch)

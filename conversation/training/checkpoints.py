@@ -88,7 +88,7 @@ def remove_unfinished_checkpoints(folder: Path) -> None:
 
 def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, and why newer ones are not used."""
-    problems = []
+    problems: list[str] = []
     for path in checkpoints(folder):
         try:
             hashes = read_json(path / CHECKPOINT_HASHES)

@@ -11,6 +11,7 @@ import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from conversation.training.prefix_tree import TokenSequence, build_prefix_tree, common_prefix_length
 from conversation.training.shared_prefix import find_causal_lm, shared_prefix_loss
@@ -157,7 +158,7 @@ def _activation_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def _without_synchronisation(model: nn.Module) -> contextlib.AbstractContextManager:
-    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _synchronise_gradients(model: nn.Module) -> None:
@@ -166,6 +167,6 @@ def _synchronise_gradients(model: nn.Module) -> None:
     DDP averages during a backward pass. If that were the last micro-batch, a process that runs out of memory in it
     could not start again: the others would already have its gradients. One token always fits.
     """
-    if hasattr(model, "no_sync"):
+    if isinstance(model, DistributedDataParallel):
         tree = build_prefix_tree([TokenSequence((0, 0), (False, True))])
         (shared_prefix_loss(model, tree) * 0.0).backward()

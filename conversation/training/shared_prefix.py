@@ -90,7 +90,7 @@ def _hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
     The forward of the outermost module runs, so that wrappers do their work; it is asked for the logits of no token.
     """
     causal_lm = find_causal_lm(model)
-    device = causal_lm.get_input_embeddings().weight.device
+    device = next(causal_lm.get_input_embeddings().parameters()).device
     captured: list[Tensor] = []
     hook = causal_lm.get_decoder().register_forward_hook(lambda module, args, output: captured.append(output[0]))
     try:
@@ -119,7 +119,7 @@ def _check_against_plain_forward(model: nn.Module, name: str) -> None:
     model.eval()
     try:
         ours = shared_prefix_loss(model, tree)
-        plain = 0.0
+        plain = torch.zeros_like(ours)
         for example in examples:
             example = example.to(ours.device)
             logits = model(input_ids=example[None], use_cache=False).logits[0, :-1]

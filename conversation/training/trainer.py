@@ -149,7 +149,7 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
     part = run.checkpoints / ".final_lora.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(part, save_embedding_layers=False)
+        model.save_pretrained(str(part), save_embedding_layers=False)
         replace_folder(part, run.final_lora)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -165,6 +165,10 @@ def peak_memory_gb() -> float:
 
 class ConversationTrainer(Trainer):
     """The Trainer, fed with whole optimizer steps: lists of (index, TokenSequence)."""
+
+    model: PeftModel
+    train_dataset: Any  # list[tuple[int, TokenSequence]]; torch's annotations want a Dataset
+    eval_dataset: list[TokenSequence]
 
     def __init__(
         self,
@@ -208,14 +212,14 @@ class ConversationTrainer(Trainer):
             args=arguments,
             train_dataset=list(enumerate(data.training)),
             eval_dataset=list(data.held_out),
-            data_collator=list,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self._data = data
+        self._data, self._checkpoints = data, run.checkpoints
         self._budget: TokenBudget | None = None
-        self._made, self._clock = time.monotonic(), None
+        self._made = time.monotonic()
+        self._clock: float | None = None
         self.step_loss = math.nan
         self.step_questions: list[str] = []
 
@@ -237,7 +241,7 @@ class ConversationTrainer(Trainer):
         )
         return EpochDataLoader(self.train_dataset, batch_sampler=batches, collate_fn=list)
 
-    def training_step(self, model: torch.nn.Module, inputs: list, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss and gradients of this process's part of one optimizer step.
 
         Returns the loss in nats per label token of the whole effective batch, as this process's share times the number
@@ -262,7 +266,7 @@ class ConversationTrainer(Trainer):
     def bad_numbers(self, problem: str) -> UserError:
         """The error for a training that went wrong at the step under way, with its examples and what is left of it."""
         questions = ", ".join(map(repr, self.step_questions))
-        saved = newest_intact_checkpoint(Path(self.args.output_dir))[0]
+        saved = newest_intact_checkpoint(self._checkpoints)[0]
         return UserError(
             f"{problem}; the examples of this step ask: {questions}" if questions else problem,
             (f"the last good checkpoint is {saved.name}; " if saved else "")

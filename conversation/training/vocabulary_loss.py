@@ -57,11 +57,11 @@ class SummedCrossEntropy(torch.autograd.Function):
             log_normaliser[block], mean = _softmax_over_vocabulary(
                 hidden[block], head, softcap, largest_label[block], needs_gradient
             )
-            if needs_gradient:
+            if mean_head is not None and mean is not None:
                 mean_head[block] = mean
         loss = (weights * (log_normaliser[rows] - label_logits)).sum()
 
-        if needs_gradient:
+        if mean_head is not None:
             row_weights = torch.zeros_like(log_normaliser).index_add_(0, rows, weights)
             gradient = mean_head.mul_(row_weights[:, None])
             gradient.index_add_(0, rows, label_heads * (weights * label_slopes)[:, None], alpha=-1)
@@ -98,13 +98,13 @@ def _softmax_over_vocabulary(
             higher = torch.maximum(maximum, shift)
             shrink = (shift - higher).exp_()
             shift, least, total = higher, least * shrink, total * shrink
-            if with_mean:
+            if mean is not None:
                 mean.mul_(shrink)
-        slopes = None if softcap is None or not with_mean else 1 - (logits / softcap) ** 2
+        slopes = None if softcap is None or mean is None else 1 - (logits / softcap) ** 2
         exponentials = logits.sub_(shift).exp_()
         sums = exponentials.sum(-1, keepdim=True)
         total.add_(sums)
-        if with_mean:
+        if mean is not None:
             counted = (sums > negligible * torch.maximum(least, total)).squeeze(-1).nonzero().squeeze(-1)
             weights = exponentials if slopes is None else exponentials.mul_(slopes)
             if len(counted) > MOST_ROWS * len(hidden):
