@@ -120,7 +120,7 @@ def draw_gaps(axis: Axes, trees: list[Tree]) -> None:
 
 
 def bars_of(axis: Axes, bars, labels) -> None:
-    """Colour bars and write a label at the end of each."""
+    """Colour bars and label the end of each."""
     for bar in bars:
         bar.set_color(BLUE)
     axis.bar_label(bars, labels, padding=3, fontsize=9)

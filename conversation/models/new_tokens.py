@@ -1,4 +1,4 @@
-"""Give a model the control tokens of the format, each with a sensible start."""
+"""Add the control tokens of the format to a model, each with a sensible first embedding."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def save_with_control_tokens(
 ) -> None:
     """Save model and tokenizer with every control token of the format as one id.
 
-    A Gemma vocabulary has room for them (ids 46 to 52, `<unused40>` to `<unused46>` unless they are named already);
-    any other vocabulary grows. New tokens, and those named as untrained, start from the mean embedding of the words in
-    their names.
+    A Gemma vocabulary has unused ids for them (46 to 52, `<unused40>` to `<unused46>`); any other vocabulary grows.
+    New tokens, and those in `untrained`, start from the mean embedding of the words in their names.
     """
     tokenizer.save_pretrained(folder)
     with contextlib.suppress(OSError):
@@ -59,11 +58,11 @@ def _rename_tokens(folder: Path, names: dict[str, str]) -> None:
 
 
 def _start_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Set a token's embedding to the mean of those of `<`, the words in its name, and `>`, at the usual norm.
+    """Set a token's embedding to the mean of those of `<`, the words in its name, and `>`, at the median norm.
 
-    The brackets matter where the name is one word: without them `<escape>` would start as a copy of `escape`, and as
-    the head is tied and frozen, no adapter could ever make the one likelier than the other. On the stand-in and 16 of
-    our examples the completion loss of the base is 2.92 with this start and 3.19 without the brackets.
+    The brackets matter for names of one word: without them `<escape>` would start as a copy of `escape`. The head is
+    tied and frozen, so no adapter could make one likelier than the other. On the stand-in and 16 of our examples the
+    base has a completion loss of 2.92 with this start, and 3.19 without the brackets.
     """
     import torch
 

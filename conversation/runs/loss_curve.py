@@ -1,4 +1,4 @@
-"""The loss curve of a run, as a picture."""
+"""The loss curve of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRAINING_COLOUR, HELD_OUT_COLOUR = "#1f77b4", "#d95f02"
 
 
 def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> None:
-    """Training and held-out loss over epochs, as a PNG on an opaque light ground, so that any viewer shows it."""
+    """Draw training and held-out loss over epochs as a PNG. Its background is opaque white, for any viewer."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,7 +25,7 @@ def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> 
     if training:
         axes.plot(*zip(*training, strict=True), color=TRAINING_COLOUR, linewidth=1.8, label="training, by window")
     if held_out:
-        # Points without a line while there are only two: a straight line between them would tell of a course unseen.
+        # Two points get no line: it would suggest a course that nobody measured.
         style: dict[str, Any] = {"marker": "o", "linestyle": "--" if len(held_out) > 2 else "none"}
         style |= {"color": HELD_OUT_COLOUR, "clip_on": False, "zorder": 3}
         axes.plot(*zip(*held_out, strict=True), label="held-out trees", **style)
