@@ -3,31 +3,31 @@
 #
 #   ./RETRAIN.sh              FunctionGemma 270M, the default recipe (7 epochs)
 #   ./RETRAIN.sh --demo       the embedded stand-in, a short recipe: no account, no GPU, under 40 minutes on 2 cores
-#   ./RETRAIN.sh --resume     go on with the newest attempt, at the stage and step where it stopped
+#   ./RETRAIN.sh --resume     go on with the newest attempt
 #
-# Every other flag goes to train_conversation.py (see its --help), say --learning_rate 2e-5.
-# Exit status: 0 published; 1 tried and failed; 2 not started; 129, 130 or 143 stopped, to be resumed.
+# Every other flag goes to train_conversation.py (see its --help), for example --learning_rate 2e-5.
+# Exit status: 0 published; 1 tried and failed; 2 not started; 129, 130 or 143 stopped; can be resumed.
 set -euo pipefail
 self=${BASH_SOURCE[0]}
-while [ -L "$self" ]; do # called through a link: the project is where the file is
+while [ -L "$self" ]; do # called through a link: the project is beside the file itself
     link=$(readlink "$self")
     case "$link" in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
 done
 project=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
-source "$project/scripts/stages.sh" # stage, run, bookkeeping; what happens on a signal and on a failure
+source "$project/scripts/stages.sh" # stage, run, bookkeeping; reactions to a signal and to a failure
 
 help_or_go_on "$@"
 
-stage "Environment" # .venv with the pinned packages, made once and again when requirements.txt changes
+stage "Environment" # .venv with the pinned packages, made once and after requirements.txt changes
 prepare_python
 one_retrain_at_a_time
 
-stage "Train" # base, data and tokenizer are checked first: until then nothing is touched
+stage "Train" # checks base, data and tokenizer before it writes anything
 run train_conversation.py --attempt "$@"
 attempt=$(bookkeeping newest)
-[ -n "$attempt" ] || exit 0 # nothing was to be resumed
+[ -n "$attempt" ] || exit 0 # there was nothing to resume
 
-stage "Merge and verify" # adapters + base -> merged_model_fp32, compared after it is read back from disk
+stage "Merge and verify" # adapters + base -> merged_model_fp32, compared as read back from disk
 run merge_conversation_model.py --run_dir "$attempt" --resume
 
 stage "Structural tests" # three questions that gate, twenty held-out ones that inform

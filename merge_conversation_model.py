@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Merge a run's adapters and its base into one FP32 model, verified.
+"""Merge a run's adapters into its base, as one verified FP32 model.
 
     merge_conversation_model.py                         the newest run
     merge_conversation_model.py --run_dir training-runs/conversation/2026-11-22
 
-Leaves merged_model_fp32/ in the run folder. The folder gets that name only after the model, read back from disk, gave
-the logits of base and adapters. Exit status: 0 merged and verified; 1 tried and failed; 2 not started.
+Writes merged_model_fp32/ into the run folder. The folder gets that name only after the model, read back from disk, has
+given the logits of base and adapters. Exit status: 0 merged and verified; 1 tried and failed; 2 not started.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ def main() -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
     parser.add_argument("--base_model", help="where the base is now (default: what the run was trained on)")
-    parser.add_argument("--resume", action="store_true", help="do nothing when the merged model is there and intact")
+    parser.add_argument("--resume", action="store_true", help="do nothing if the merged model is intact")
     args = parser.parse_args()
     run = named_run(args.run_dir)
     with run.at_work() as record:
         if not (args.resume and is_merged(run, record)):
             merge(run, record, args.base_model or record.base_model.name)
-        write_report(run)  # with --resume, too: the run may have been stopped between record and report
+        write_report(run)  # always: an earlier process may have ended between record and report
     return 0
 
 
 def is_merged(run: RunFolder, record: RunRecord) -> bool:
-    """Whether the merged model is there, intact, and made with the adapters of the training."""
+    """Whether the merged model is intact and made from the adapters of the training."""
     if not record.merge or not record.training:
         return False
     problem = find_damage(run.merged_model, record.merge.files)
     if record.merge.adapter_files != record.training.adapter_files:
-        problem = "it was made with other adapters"
+        problem = "it was merged from other adapters"
     print(f"The model is merged again: {problem}" if problem else "The model is merged and verified already.")
     return problem is None
 
 
 def merge(run: RunFolder, record: RunRecord, base_model: str) -> None:
-    """Check that adapters and base are those of the training; merge, verify, record."""
+    """Check that adapters and base are those of the training. Merge, verify, record."""
     training = record.training
     if not training:
         problem = f"the training in {shown(run.path)} is not finished"
@@ -65,9 +65,7 @@ def merge(run: RunFolder, record: RunRecord, base_model: str) -> None:
     fingerprint = tokenizer.fingerprint(tokenizer.load_tokenizer(base_folder))
     if differences := record.base_model.differences(weights.identify(base_folder, base_model, fingerprint)):
         problems = "\n".join(f"  {difference}" for difference in differences)
-        raise UserError(
-            f"{base_model} is not the base that the run was trained on:\n{problems}", "bring that base back"
-        )
+        raise UserError(f"{base_model} is not the base of the training:\n{problems}", "bring that base back")
     check_disk_space(run.path, int(1.1 * weights.fp32_bytes(base_folder)), "the merged model")
     print("Merging in FP32, then reading the model back from disk ...", flush=True)
     prompts = [example.prompt for example in read_jsonl(run.training_data)[:COMPARED_PROMPTS]]

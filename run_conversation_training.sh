@@ -2,7 +2,7 @@
 # Only the training, in the prepared environment; every flag goes to train_conversation.py (see its --help).
 set -euo pipefail
 self=${BASH_SOURCE[0]}
-while [ -L "$self" ]; do # called through a link: the project is where the file is
+while [ -L "$self" ]; do # called through a link: the project is beside the file itself
     link=$(readlink "$self")
     case "$link" in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
 done

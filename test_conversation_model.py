@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Put the three structural tests to a merged model.
+"""Test a merged model with the three structural tests.
 
     test_conversation_model.py                                 the newest run
     test_conversation_model.py --run_dir RUN                   that run
-    test_conversation_model.py --model FOLDER                  a merged model folder by itself, writes nothing
+    test_conversation_model.py --model FOLDER                  a merged model folder alone; writes nothing
 
-Each test passes when the whole answer, decoded greedily, is valid: 1 to 4 add_text calls, then exactly 3 add_choice
-calls, then the end of the turn. Twenty held-out questions are asked besides and counted; they do not gate.
-Leaves structural_tests.json and report.md in the run folder.
+A test passes when the whole answer, decoded greedily, is valid: 1 to 4 add_text calls, then exactly 3 add_choice calls,
+then the end of the turn. Twenty held-out questions are also asked and counted; they do not gate.
+Writes structural_tests.json and report.md into the run folder.
 Exit status: 0 all three passed; 1 one failed; 2 not started.
 """
 
@@ -31,18 +31,18 @@ def main() -> int:
     which.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
     which.add_argument("--model", type=Path, help="a merged model folder")
     parser.add_argument("--questions", type=Path, default=HELD_OUT_QUESTIONS, help="held-out questions, JSONL")
-    parser.add_argument("--resume", action="store_true", help="do nothing when this model has passed already")
+    parser.add_argument("--resume", action="store_true", help="do nothing if this model has passed already")
     args = parser.parse_args()
     if args.model:
         return status_of(ask(args.model.resolve(), args.questions))
     run = named_run(args.run_dir)
     record = run.read()
     if run.is_published(record):
-        print(f"{shown(run.path)} is published: it is tested, and nothing in it is changed.")
+        print(f"{shown(run.path)} is published: the test changes nothing in it.")
         return status_of(ask_run(run, record, args.questions))
     with run.at_work() as record:
         if args.resume and has_passed(run, record):
-            write_report(run)  # it may have been stopped between record and report
+            write_report(run)  # an earlier process may have ended between record and report
             return 0
         tests = ask_run(run, record, args.questions)
         run.write(replace(record, structural_tests=run.write_tests(tests)))
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def has_passed(run: RunFolder, record: RunRecord) -> bool:
-    """Whether this model has passed its tests, and what was recorded of them is intact."""
+    """Whether this model has passed its tests and their file is intact."""
     if not record.structural_tests or not record.structural_tests.passed:
         return False
     damage = find_damage(run.path, record.structural_tests.files)
@@ -60,7 +60,7 @@ def has_passed(run: RunFolder, record: RunRecord) -> bool:
 
 
 def ask_run(run: RunFolder, record: RunRecord, questions_file: Path) -> AnswersReport:
-    """Ask the merged model of a run. Raises UserError unless it is the one that the merge has verified."""
+    """Ask the merged model of a run. Raises UserError unless it is the model that the merge verified."""
     if not record.merge:
         raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
     if damage := find_damage(run.merged_model, record.merge.files):
@@ -69,7 +69,7 @@ def ask_run(run: RunFolder, record: RunRecord, questions_file: Path) -> AnswersR
 
 
 def ask(folder: Path, questions_file: Path, expected_fingerprint: str | None = None) -> AnswersReport:
-    """Check model and tokenizer, put the three tests and the held-out questions to it, print the verdicts."""
+    """Check a model and its tokenizer, ask the tests and the held-out questions, print the verdicts."""
     questions = read_questions(questions_file)
     set_up_libraries()
     from conversation.answering.structural_tests import run_tests
@@ -80,11 +80,11 @@ def ask(folder: Path, questions_file: Path, expected_fingerprint: str | None = N
 
 
 def status_of(report: AnswersReport) -> int:
-    """0 when all structural tests passed. Raises UserError that names those that failed."""
+    """0 when all structural tests passed. Raises UserError that names the failed ones."""
     if failed := [test.name for test in report.tests if not test.passed]:
         raise UserError(
             f"{len(failed)} of {len(report.tests)} structural tests failed: {', '.join(failed)}",
-            "the place is marked above and in the report; train longer, or anew with a higher --learning_rate",
+            "the first error is marked above and in the report; train longer, or anew with a higher --learning_rate",
             TRIED_AND_FAILED,
         )
     return 0

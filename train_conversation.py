@@ -4,11 +4,11 @@
     train_conversation.py --check_data                  validate data and tokenizer, print statistics, train nothing
     train_conversation.py                               the default recipe on FunctionGemma
     train_conversation.py --demo                        the short recipe on the embedded stand-in
-    train_conversation.py --resume                      go on with the newest run, where it stopped
+    train_conversation.py --resume                      go on with the newest run
     accelerate launch --num_processes 2 train_conversation.py --gradient_accumulation_steps 4
 
-Leaves in the run folder: run.json, training_data.jsonl and held_out_data.jsonl (what was trained on, what was not),
-checkpoints/ with final_lora/, metrics.jsonl, loss_curve.png, report.md, console.log.
+Writes into the run folder: run.json, training_data.jsonl, held_out_data.jsonl, checkpoints/ with final_lora/,
+metrics.jsonl, loss_curve.png, report.md, console.log.
 Exit status: 0 trained; 1 tried and failed; 2 not started; 130 or 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
 """
 
@@ -58,12 +58,12 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--run_dir", type=Path, help="the run folder (default: a new one of today; with --resume: the newest)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint of the run")
-    parser.add_argument("--attempt", action="store_true", help="the run is the attempt that RETRAIN.sh makes")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest intact checkpoint")
+    parser.add_argument("--attempt", action="store_true", help="for RETRAIN.sh: the run is its attempt")
     parser.add_argument("--check_data", action="store_true", help="validate, print statistics, train nothing")
     parser.add_argument("--json", action="store_true", help="with --check_data: print one JSON object")
-    parser.add_argument("--fp16", action="store_true", help="refused: Gemma 3's activations leave its range, to NaN")
-    parser.add_argument("--bf16", action="store_true", help="refused: Turing cards have none, and the model is FP32")
+    parser.add_argument("--fp16", action="store_true", help="refused: Gemma 3's activations overflow to NaN")
+    parser.add_argument("--bf16", action="store_true", help="refused: Turing cards lack it, and the model is FP32")
     args = parser.parse_args()
     if args.json and not args.check_data:
         raise UserError("--json goes with --check_data")
@@ -76,7 +76,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def begin(args: argparse.Namespace, prepared: Prepared) -> None:
-    """Train a new run. Its folder is made, with its record, once everything that can be checked has been checked."""
+    """Train a new run. Its folder and record are made after every check."""
     from conversation.training.preparation import check_space_for
     from conversation.training.processes import decided_by_first, wait_for_first
     from conversation.training.trainer import build_trainable_model
@@ -97,7 +97,7 @@ def begin(args: argparse.Namespace, prepared: Prepared) -> None:
 
 
 def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
-    """The run that `--resume` means; None when RETRAIN.sh has published the last one."""
+    """The run to resume; None when RETRAIN.sh has published the last one."""
     from conversation.training.processes import decided_by_first
 
     if not args.attempt:
@@ -106,12 +106,12 @@ def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
         return attempt
     if not (latest := TRAINING_RUNS / LATEST).exists():
         raise UserError("there is no attempt to resume", "begin one: ./RETRAIN.sh")
-    print(f"Nothing to resume: no attempt is under way, the last published run is {shown(latest)}")
+    print(f"Nothing to resume: no attempt is unfinished; the last published run is {shown(latest)}")
     return None
 
 
 def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
-    """Go on with a run from its newest intact checkpoint: with the same settings, or with more steps."""
+    """Resume a run from its newest intact checkpoint, with the same settings or with more steps."""
     from conversation.training.checkpoints import choose_checkpoint
     from conversation.training.trainer import build_trainable_model
 
@@ -123,7 +123,7 @@ def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
         if damage is None and done.steps >= prepared.steps:
             print("The training is done already.")
             if is_first_process():
-                write_report(run)  # it may have been stopped between record and report
+                write_report(run)  # an earlier process may have ended between record and report
             return
         if damage:
             print(f"warning: the training goes on from a checkpoint: {damage}", file=sys.stderr)
@@ -133,7 +133,7 @@ def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
 
 
 def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftModel, checkpoint: Path | None) -> None:
-    """Train in a run folder, and leave the data, the result and the report there."""
+    """Train in a run folder. Write the data, the result and the report there."""
     from conversation.training.checkpoints import step_of
     from conversation.training.trainer import train_adapters
 

@@ -1,9 +1,10 @@
-"""What went wrong, told to the person who can correct it."""
+"""Errors for the person who can correct them."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ TRIED_AND_FAILED = 1  # a test failed, the loss was not finite
 
 
 class UserError(Exception):
-    """Something a user can cause and correct: printed as `error:` and `hint:`, without a traceback.
+    """A mistake or mishap that a user can correct: printed as `error:` and `hint:`, without a traceback.
 
     `exit_status` is 2 when nothing was started and 1 when the work was tried and failed.
     """
@@ -26,7 +27,7 @@ class UserError(Exception):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A script's flags, explained by its docstring. A flag that is wrong is a UserError like any other mistake."""
+    """A script's flags; its docstring is the help text. A wrong flag is a UserError, like any other mistake."""
 
     def __init__(self, description: str | None = None, **options: Any):
         form = argparse.RawDescriptionHelpFormatter
@@ -48,12 +49,12 @@ _WRONG_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, er
 
 
 def as_user_error(error: BaseException) -> UserError | None:
-    """What ended a script, as an error with a hint and an exit status; None for a defect, which keeps its traceback."""
+    """The error for what ended a script; None for a defect of ours, which keeps its traceback, and for a plain exit."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
-        hint = "what was finished is kept; go on with the same command and --resume"
+        hint = "finished work is saved; go on with the same command and --resume"
         return UserError(f"stopped by {signal.Signals(number).name}", hint, 128 + number)
     if isinstance(error, OSError):
         status = NOT_STARTED if error.errno in _WRONG_PATH else TRIED_AND_FAILED
@@ -65,18 +66,21 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 
 def run_main(main: Callable[[], int]) -> None:
-    """Run a script's `main` and leave with its exit status."""
+    """Run a script's `main` and exit with its status."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what cannot be shown must not stop the work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not stop the work
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP: leave it so
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP: leave that
             signal.signal(number, _interrupt)
     try:
         if any("\udc80" <= character <= "\udcff" for argument in sys.argv[1:] for character in argument):
-            raise UserError("an argument is not UTF-8", "rename the file, or the folder, that it names")
+            raise UserError("an argument is not UTF-8", "rename the file or folder")
         sys.exit(main())
-    except (UserError, KeyboardInterrupt, OSError, ModuleNotFoundError) as error:
+    except BaseException as error:
         found = as_user_error(error)
+        if found is None:
+            raise  # a defect, or sys.exit
         print(f"error: {found}", file=sys.stderr)
         if found.hint:
             print(f"hint: {found.hint}", file=sys.stderr)

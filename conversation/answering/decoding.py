@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from conversation.answering.scoring import scores
 from conversation.format.calls import Prompt
@@ -114,9 +114,10 @@ def _free(
     width = max(map(len, encoded))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
+    generate: Any = model.generate  # PreTrainedModel's annotations leave it out
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(decoding.seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+        output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
     return [row[: row.index(end_of_turn) + 1] if end_of_turn in row else row for row in output]
 
 

@@ -1,4 +1,4 @@
-"""The structural tests of a model: three cases that gate, and held-out questions beside them, which inform."""
+"""The structural tests of a model: three cases that gate, and held-out questions that inform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict on what a model said: the whole answer is judged, and nothing is repaired."""
+"""Verdicts on a model's answers. The whole answer counts; nothing is repaired."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the model said to a case, and what the strict parser makes of it."""
+    """A model's output for a case, and the result of the strict parser."""
 
     case: Case
     output: str
@@ -34,12 +34,12 @@ class Verdict:
 
     @property
     def has_distinct_follow_ups(self) -> bool:
-        """Whether the answer is valid and its three follow-ups differ in text and in target."""
+        """Whether the answer is valid and its follow-ups differ, in text and in target."""
         return self.passed and not self._repeated("follow-up") and not self._repeated("target")
 
     @property
     def warnings(self) -> list[str]:
-        """What a valid answer says more than once, a sentence each."""
+        """One sentence for each repetition in a valid answer."""
         return [
             f"{what} {value!r} occurs {count} times"
             for what in ("fragment", "follow-up", "target")
@@ -55,11 +55,11 @@ class Verdict:
 
     @property
     def marked_output(self) -> str:
-        """The output with the place marked at which it stops being valid."""
+        """The output with a mark before its first invalid character."""
         return mark(self.output, self.position)
 
     def for_record(self) -> AskedQuestion:
-        """The verdict as structural_tests.json holds it."""
+        """The verdict for structural_tests.json."""
         answer = self.answer
         return AskedQuestion(
             name=self.case.name,
@@ -70,17 +70,18 @@ class Verdict:
             position=self.position,
             warnings=tuple(self.warnings),
             distinct_choices=self.has_distinct_follow_ups,
-            texts=answer and answer.fragments,
-            choices=answer
-            and tuple(
+            texts=answer.fragments if answer else None,
+            choices=tuple(
                 {"text": each.text, "confidence": each.probability, "target": each.target} for each in answer.follow_ups
-            ),
+            )
+            if answer
+            else None,
             output=self.output,
         )
 
 
 def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Verdict:
-    """The verdict on what a model said, from its token ids."""
+    """The verdict on an answer, from its token ids."""
     output = decode(tokenizer, ids)
     try:
         answer = parse_answer(output)
@@ -88,7 +89,7 @@ def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
         return Verdict(case, output, None, str(error), error.position)
     if spelled_out := spelled_out_token(tokenizer, ids):
         token, position = spelled_out
-        problem = f"{token} is spelled out in ordinary tokens instead of being the control token"
+        problem = f"{token} is spelled out in ordinary tokens, not the control token"
         return Verdict(case, output, None, problem, position)
     return Verdict(case, output, answer)
 

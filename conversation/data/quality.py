@@ -91,12 +91,12 @@ class Quality:
     examples_by_turn: dict[int, int]
     trees_with_long_paths: int
     wide_nodes: int  # all three choices are followed
-    followed_by_rank: tuple[int, int, int]  # how often the first, the second, the third choice is followed
+    followed_by_rank: tuple[int, ...]  # how often the first, the second, the third choice is followed
     question_lengths: LengthSummary
     fragment_lengths: LengthSummary
     follow_up_lengths: LengthSummary
     mean_confidence_gap: float
-    mean_confidence_by_rank: tuple[float, float, float]
+    mean_confidence_by_rank: tuple[float, ...]
     commonest_confidence: str
     commonest_confidence_share: float
 

@@ -1,1 +1,1 @@
-"""The text that a model is trained on and says."""
+"""The text format: what a model is trained on and what it answers."""

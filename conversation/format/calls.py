@@ -1,4 +1,4 @@
-"""The text format: the values that a training line is made of, and how they are rendered.
+"""The text format: the values in a training line, and their rendering.
 
 A training line is a developer turn (instruction, two function declarations, the conversation so far), a user turn
 with the question, and a model turn of function calls:
@@ -12,11 +12,11 @@ with the question, and a model turn of function calls:
     <end_function_call>
     <end_of_turn>
 
-Whatever `parser.parse_example` accepts, `Example.text` gives back byte for byte; whatever can be built from these
-classes is text that the parser accepts.
+`Example.text` returns every text that `parser.parse_example` accepts byte for byte. The parser accepts the text of
+every value of these classes.
 
-Rendered text is a list of pieces. A `Control` piece is a control token. Any other piece is literal text: an
-`<end_of_turn>` that a user typed is thirteen characters of data there (see `tokenizer.encode`).
+Rendered text is a list of pieces. A `Control` piece is a control token. Any other piece is literal text: there an
+`<end_of_turn>` typed by a user is thirteen characters of data (see `tokenizer.encode`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from conversation.format.control_tokens import (
 )
 
 TIMESTAMP = "2026-01-17T05:25:55"
-"""The date that the training data gives as the current one. Fixed: the model never saw another."""
+"""The current date in the training data. It is fixed: the model never saw another."""
 
 MAX_FRAGMENTS = 4
 NUM_FOLLOW_UPS = 3
@@ -64,25 +64,25 @@ _TARGET = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
-# --- what a value may be: one rule for values that are built and for values that are parsed --------------------------
+# --- valid values: the same rules for built and for parsed ones ------------------------------------------------------
 
 
 def text_problem(text: str, what: str) -> tuple[str, int] | None:
-    """Why a value cannot be this text, as a sentence on `what`, and the character at which the problem is."""
+    """Why this text is no valid value, as a sentence on `what`, and the offset of the problem; None if it is."""
     if control := CONTROL_PATTERN.search(text):
         return f"control token {control[0]} inside {what}", control.start()
     return None if text.strip() else (f"{what} is empty", 0)
 
 
 def confidence_problem(number: str) -> str | None:
-    """Why a confidence cannot be written like this."""
+    """Why this is no valid confidence; None if it is."""
     if not _NUMBER.fullmatch(number):
         return f"confidence {number!r} is not a number"
     return None if 0 <= float(number) <= 1 else f"confidence {number} is not between 0 and 1"
 
 
 def target_problem(name: str) -> str | None:
-    """Why a target cannot have this name."""
+    """Why this is no valid target name; None if it is."""
     return None if _TARGET.fullmatch(name) else f"target {name!r} is not a snake_case name"
 
 
@@ -99,9 +99,9 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is asked: the question and the conversation that led to it.
+    """A question to the model, and the conversation before it.
 
-    Raises ValueError for an empty question, and for a line break in the history or in the date: each has one line.
+    Raises ValueError for an empty question, an unknown speaker, and a line break in an utterance or in the date.
     """
 
     question: str
@@ -120,7 +120,7 @@ class Prompt:
                 raise ValueError(f"line break in the history: {utterance.text!r}")
 
     def pieces(self) -> list[str]:
-        """The rendered prompt, up to where the model begins to answer."""
+        """The rendered prompt; the model continues after its last piece."""
         pieces: list[str] = [Control(START_OF_TURN), "developer\n" + INSTRUCTION.format(timestamp=self.timestamp)]
         for declaration in DECLARATIONS:
             pieces += [Control(START_DECLARATION), declaration, Control(END_DECLARATION), "\n\n"]
@@ -141,7 +141,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class FollowUp:
-    """A follow-up question that the reader may pick. `confidence` is kept as it was written, so that 0.80 stays 0.80.
+    """A follow-up question for the reader to pick. `confidence` is the text as written: 0.80 stays 0.80.
 
     Raises ValueError for an empty text, a control token, a confidence outside [0, 1], a target that is not snake_case.
     """
@@ -163,9 +163,9 @@ class FollowUp:
 
 @dataclass(frozen=True)
 class Answer:
-    """A valid model turn: 1 to 4 fragments of the answer, then exactly 3 follow-ups.
+    """A valid model turn: 1 to 4 fragments, then exactly 3 follow-ups.
 
-    Raises ValueError for other numbers, for an empty fragment, and for a control token in one.
+    Raises ValueError for any other number of them, an empty fragment, and a control token in a fragment.
     """
 
     fragments: tuple[str, ...]
@@ -184,8 +184,8 @@ class Answer:
         pieces: list[str] = []
         for fragment in self.fragments:
             pieces += call_pieces("add_text", content=fragment)
-        for choice in self.follow_ups:
-            pieces += call_pieces("add_choice", text=choice.text, confidence=choice.confidence, target=choice.target)
+        for each in self.follow_ups:
+            pieces += call_pieces("add_choice", text=each.text, confidence=each.confidence, target=each.target)
         return pieces + [Control(END_OF_TURN)]
 
     @property
@@ -195,14 +195,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """One training line. Raises ValueError for a question in which the user's turn would end."""
+    """One training line. Raises ValueError for a question that contains the end of the user's turn."""
 
     prompt: Prompt
     answer: Answer
 
     def __post_init__(self) -> None:
         if END_OF_QUESTION in self.prompt.question:
-            raise ValueError(f"the question of a training line cannot hold {END_OF_QUESTION!r}")
+            raise ValueError(f"the question of a training line cannot contain {END_OF_QUESTION!r}")
 
     @property
     def text(self) -> str:
@@ -218,6 +218,6 @@ def call_pieces(function: str, **arguments: str) -> list[str]:
 
 
 def repeated(values: Iterable[str]) -> dict[str, int]:
-    """The values that occur more than once, letter case and outer white space aside, and how often they do."""
+    """The values that occur more than once, and how often. Letter case and outer white space do not count."""
     counts = Counter(value.strip().casefold() for value in values)
     return {value: count for value, count in sorted(counts.items()) if count > 1}

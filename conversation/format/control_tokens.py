@@ -1,4 +1,4 @@
-"""The control tokens of the format, and those that no value may hold."""
+"""The control tokens of the format, and those that no value may contain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ START_CALL = "<start_function_call>"
 END_CALL = "<end_function_call>"
 ESCAPE = "<escape>"
 FORMAT_TOKENS = (START_OF_TURN, END_OF_TURN, START_DECLARATION, END_DECLARATION, START_CALL, END_CALL, ESCAPE)
-"""The control tokens that the format is made of."""
+"""The control tokens used by the format."""
 CONTROL_TOKENS = FORMAT_TOKENS + (
     "<start_function_response>",
     "<end_function_response>",
@@ -22,7 +22,7 @@ CONTROL_TOKENS = FORMAT_TOKENS + (
     "<unk>",
     "<mask>",
 )
-"""Every token with a meaning of its own in FunctionGemma: none may stand in a fragment of an answer."""
+"""Every token with a special meaning in FunctionGemma. No value of an answer may contain one."""
 CONTROL_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 

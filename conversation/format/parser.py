@@ -1,4 +1,4 @@
-"""Read the text format: a strict parser that says where and why it stops."""
+"""A strict parser of the text format. Its errors give the position and the reason."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from conversation.format.control_tokens import (
 
 
 class FormatError(ValueError):
-    """Text that is not in the format. `position` is the offset in characters at which it stops being valid."""
+    """Text that is not in the format. `position`: the offset, in characters, of the first invalid one."""
 
     def __init__(self, problem: str, text: str, position: int):
         self.problem = problem
         self.position = position
         line = text.count("\n", 0, position) + 1
         column = position - (text.rfind("\n", 0, position) + 1) + 1
-        found = text[position : position + 40]
-        found = repr(found) if found else "the end of the text"
+        rest = text[position : position + 40]
+        found = repr(rest) if rest else "the end of the text"
         super().__init__(f"{problem} at character {position} (line {line}, column {column}), found {found}")
 
 
 class _Scanner:
-    """A position in a text that moves forward over what is expected there."""
+    """A position in a text. It moves forward over expected text."""
 
     def __init__(self, text: str):
         self.text = text
         self.position = 0
 
-    def fail(self, problem: str, position: int | None = None) -> FormatError:
+    def error(self, problem: str, position: int | None = None) -> FormatError:
         return FormatError(problem, self.text, self.position if position is None else position)
 
     def at(self, literal: str) -> bool:
@@ -60,25 +60,25 @@ class _Scanner:
         if not self.at(literal):
             rest = self.text[self.position : self.position + len(literal)]
             same = next((i for i, (a, b) in enumerate(zip(rest, literal, strict=False)) if a != b), len(rest))
-            raise self.fail(f"expected {literal!r}", self.position + same)
+            raise self.error(f"expected {literal!r}", self.position + same)
         self.position += len(literal)
 
     def until(self, literal: str, what: str) -> str:
-        """Move over everything up to and including `literal`; return what stands before it."""
+        """Move over everything up to and including `literal`; return the text before it."""
         end = self.text.find(literal, self.position)
         if end < 0:
-            raise self.fail(f"{what} is not closed by {literal!r}", len(self.text))
+            raise self.error(f"{what} is not closed by {literal!r}", len(self.text))
         found = self.text[self.position : end]
         self.position = end + len(literal)
         return found
 
     def argument(self, name: str) -> tuple[str, int]:
-        """Move over `name:<escape>value<escape>`; return the value, and the position at which it begins."""
+        """Move over `name:<escape>value<escape>`; return the value and its position."""
         self.expect(f"{name}:{ESCAPE}")
         start = self.position
         value = self.until(ESCAPE, f"the value of {name}")
         if found := text_problem(value, f"the value of {name}"):
-            raise self.fail(found[0], start + found[1])
+            raise self.error(found[0], start + found[1])
         return value, start
 
 
@@ -90,23 +90,23 @@ def _scan_answer(scan: _Scanner) -> Answer:
         scan.expect(f"{START_CALL}\ncall:add_")
         if scan.at("text{"):
             if follow_ups:
-                raise scan.fail("add_text after add_choice", start)
+                raise scan.error("add_text after add_choice", start)
             if len(fragments) == MAX_FRAGMENTS:
-                raise scan.fail(f"more than {MAX_FRAGMENTS} add_text calls", start)
+                raise scan.error(f"more than {MAX_FRAGMENTS} add_text calls", start)
             scan.expect("text{")
             fragments.append(scan.argument("content")[0])
         else:
             scan.expect("choice{")
             if not fragments:
-                raise scan.fail("add_choice before any add_text", start)
+                raise scan.error("add_choice before any add_text", start)
             if len(follow_ups) == NUM_FOLLOW_UPS:
-                raise scan.fail(f"more than {NUM_FOLLOW_UPS} add_choice calls", start)
+                raise scan.error(f"more than {NUM_FOLLOW_UPS} add_choice calls", start)
             follow_ups.append(_scan_choice(scan))
         scan.expect(f"}}\n{END_CALL}\n")
     if not fragments:
-        raise scan.fail("no add_text call")
+        raise scan.error("no add_text call")
     if len(follow_ups) != NUM_FOLLOW_UPS:
-        raise scan.fail(f"{len(follow_ups)} add_choice calls, expected {NUM_FOLLOW_UPS}")
+        raise scan.error(f"{len(follow_ups)} add_choice calls, expected {NUM_FOLLOW_UPS}")
     scan.expect(END_OF_TURN)
     return Answer(tuple(fragments), tuple(follow_ups))
 
@@ -116,28 +116,28 @@ def _scan_choice(scan: _Scanner) -> FollowUp:
     scan.expect(",")
     confidence, start = scan.argument("confidence")
     if problem := confidence_problem(confidence):
-        raise scan.fail(problem, start)
+        raise scan.error(problem, start)
     scan.expect(",")
     target, start = scan.argument("target")
     if problem := target_problem(target):
-        raise scan.fail(problem, start)
+        raise scan.error(problem, start)
     return FollowUp(text, confidence, target)
 
 
 def parse_answer(text: str) -> Answer:
-    """Read what a model said, from its first character to the `<end_of_turn>` that ends it.
+    """Parse a whole model answer, up to and including its `<end_of_turn>`.
 
-    Nothing is repaired. Raises FormatError with the position at which the text stops being a valid answer.
+    Nothing is repaired. Raises FormatError with the position of the first invalid character.
     """
     scan = _Scanner(text)
     answer = _scan_answer(scan)
     if scan.position != len(text):
-        raise scan.fail(f"text after {END_OF_TURN}")
+        raise scan.error(f"text after {END_OF_TURN}")
     return answer
 
 
 def parse_example(text: str) -> Example:
-    """Read the text of one training line. Raises FormatError with the position at which it stops being valid."""
+    """Parse one training line. Raises FormatError with the position of the first invalid character."""
     scan = _Scanner(text)
     before, after = INSTRUCTION.split("{timestamp}")
     scan.expect(f"{START_OF_TURN}developer\n{before}")
@@ -152,16 +152,16 @@ def parse_example(text: str) -> Example:
         while not scan.at("\n"):
             history.append(_scan_utterance(scan))
         if not history:
-            raise scan.fail("the conversation history is empty")
+            raise scan.error("the conversation history is empty")
         scan.expect("\n")
     scan.expect(f"{END_OF_TURN}\n{START_OF_TURN}user\n")
     start = scan.position
     question = scan.until(END_OF_QUESTION, "the user turn")
     if not question.strip():
-        raise scan.fail("the question is empty", start)
+        raise scan.error("the question is empty", start)
     answer = _scan_answer(scan)
     if scan.position != len(text):
-        raise scan.fail(f"text after {END_OF_TURN}")
+        raise scan.error(f"text after {END_OF_TURN}")
     return Example(Prompt(question, tuple(history), timestamp), answer)
 
 
@@ -172,4 +172,4 @@ def _scan_utterance(scan: _Scanner) -> Utterance:
         prefix = f'  {speaker}: "'
         if line.startswith(prefix) and line.endswith('"') and len(line) > len(prefix):
             return Utterance(speaker, line[len(prefix) : -1])
-    raise scan.fail('expected a line like   User: "..."  or   AI: "..."', start)
+    raise scan.error('expected a line like   User: "..."  or   AI: "..."', start)

@@ -1,8 +1,8 @@
-"""LoRA adapters whose layers cost what their matrix products cost.
+"""LoRA adapters that cost no more than their matrix products.
 
-peft computes `base(x) + lora_B(lora_A(x)) * scaling` in three passes over an output that is far wider than the rank,
-and three more for the gradient. Here the product itself adds to the output (`addmm_`), forwards and backwards. The
-adapters are peft's in every other respect: names, files, merging, and the numbers up to rounding.
+peft computes `base(x) + lora_B(lora_A(x)) * scaling` in three passes over an output far wider than the rank, and three
+more for the gradient. Here the product itself adds to the output (`addmm_`), forwards and backwards. In every other
+respect the adapters are peft's: names, files, merging, and the numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from conversation_config import LORA_TARGETS, TrainingConfig
 
 
 def lora_config(config: TrainingConfig) -> LoraConfig:
-    """Adapters on every projection, as the settings say."""
+    """Adapters on every projection, by the settings."""
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -29,14 +29,14 @@ def lora_config(config: TrainingConfig) -> LoraConfig:
 
 
 def add_adapters(model: nn.Module, config: TrainingConfig) -> PeftModel:
-    """The model with fresh LoRA adapters; everything else is frozen."""
+    """The model with fresh LoRA adapters. Everything else is frozen."""
     lora = lora_config(config)
-    lora._register_custom_module({nn.Linear: FusedLoraLinear})  # peft's way in for layers of one's own
+    lora._register_custom_module({nn.Linear: FusedLoraLinear})  # peft's hook for custom layers
     return get_peft_model(model, lora)
 
 
 class FusedLoraLinear(Linear):
-    """peft's LoRA layer, computed by `_LowRankLinear` where one adapter is active on a frozen layer, else by peft."""
+    """peft's LoRA layer. `_LowRankLinear` computes it when one adapter is active on a frozen layer, else peft does."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in features] -> [..., out features]"""
@@ -55,8 +55,8 @@ class FusedLoraLinear(Linear):
 class _LowRankLinear(torch.autograd.Function):
     """x weightᵀ + bias + scaling (dropout(x) aᵀ) bᵀ.
 
-    Of the dropout only the mask is kept for the backward pass, a byte for each number of x: x is kept once for all
-    projections that read it, where a product with nn.Dropout's output would keep that output and its mask for each.
+    The backward pass needs only the mask of the dropout, a byte per number of x, and x itself, which all projections
+    of it share. A product with nn.Dropout's output would save that output and its mask for each projection.
     """
 
     @staticmethod
@@ -64,29 +64,29 @@ class _LowRankLinear(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, rate: float
     ) -> Tensor:
         """x [..., in], weight [out, in], bias [out], a [rank, in], b [out, rank] -> [..., out]"""
-        # drawn as nn.Dropout draws it on a CPU: the same seed gives the same masks
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate) if rate else None
-        low = _flat(_dropped(x, kept)) @ a.T
+        # The same draw as nn.Dropout's on a CPU: the same seed gives the same masks.
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate) if rate else None
+        low = _flat(_dropped(x, mask)) @ a.T
         output = nn.functional.linear(x, weight, bias)
         ctx.scaling = scaling / (1 - rate)
         output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=ctx.scaling)
-        ctx.save_for_backward(x, kept, low, weight, a, b)
+        ctx.save_for_backward(x, mask, low, weight, a, b)
         return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        x, kept, low, weight, a, b = ctx.saved_tensors
+        x, mask, low, weight, a, b = ctx.saved_tensors
         grad = _flat(grad_output)
         grad_low = (grad @ b).mul_(ctx.scaling)
-        grad_a = grad_low.T @ _flat(_dropped(x, kept))
-        grad_b = (low.T @ grad).mul_(ctx.scaling).T  # in this order, as the matrix library is faster at it
+        grad_a = grad_low.T @ _flat(_dropped(x, mask))
+        grad_b = (low.T @ grad).mul_(ctx.scaling).T  # the faster order for the matrix library
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
-            if kept is None:
+            if mask is None:
                 grad_x.addmm_(grad_low, a)
             else:
-                grad_x.add_(_dropped(grad_low @ a, _flat(kept)))
+                grad_x.add_(_dropped(grad_low @ a, _flat(mask)))
             grad_x = grad_x.view_as(x)
         return grad_x, None, None, grad_a, grad_b, None, None
 
@@ -95,6 +95,6 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _dropped(x: Tensor, kept: Tensor | None) -> Tensor:
-    """x with zeros where it is not kept, not scaled up."""
-    return x if kept is None else torch.where(kept, x, 0.0)
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x with zeros where the mask is False, not scaled up."""
+    return x if mask is None else torch.where(mask, x, 0.0)

@@ -1,6 +1,6 @@
 """The audit of a tokenizer before every training and every test.
 
-It trusts no warning and no flag: it looks at the ids.
+It trusts no warning and no flag. It checks the ids.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from conversation.models.tokenizer import (
     decode,
     encode_example,
     fingerprint,
+    id_of,
     load_tokenizer,
 )
 
@@ -38,12 +39,12 @@ FUNCTION_GEMMA_IDS = {
     "<end_function_response>": 51,
     "<escape>": 52,
 }
-"""Checked wherever the vocabulary is Gemma's."""
+"""Checked for Gemma's vocabulary only."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the audit found, beyond that the tokenizer is fit for training."""
+    """The result of a passed audit."""
 
     fingerprint: str
     examples: int
@@ -60,9 +61,9 @@ def audit(
 ) -> tuple[PreTrainedTokenizerBase, list[EncodedExample], Audit]:
     """Load a model folder's tokenizer, check it, and encode the examples with it.
 
-    Raises UserError with the text, the ids and what was expected, when: a control token is not one id, or not the id
-    that Gemma's vocabulary gives it; the padding token ends a turn; `<bos>` does not stand first, once; a control token
-    that a user typed becomes one; the ids of an example do not decode to it; the fingerprint is not the expected one.
+    Raises UserError with the text, the ids and the expected ones, when: a control token is not one id, or not its id in
+    Gemma's vocabulary; the padding token ends a turn; `<bos>` is not first, once; a control token typed by a user
+    becomes one; the ids of an example do not decode to it; the fingerprint is not the expected one.
     """
     tokenizer = load_tokenizer(folder)
     check_control_tokens(tokenizer)
@@ -71,7 +72,7 @@ def audit(
     found = fingerprint(tokenizer)
     if expected_fingerprint is not None and found != expected_fingerprint:
         raise _failed(
-            f"the tokenizer in {folder} is not the one of the training: fingerprint {found[:12]}, "
+            f"the tokenizer in {folder} is not that of the training: fingerprint {found[:12]}, "
             f"expected {expected_fingerprint[:12]}"
         )
     encoded = [encode_example(tokenizer, example) for example in examples]
@@ -82,7 +83,7 @@ def audit(
 
 
 def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError unless each control token of the format is one id of its own."""
+    """Raises UserError unless each control token of the format is one id, and no two share one."""
     seen: dict[int, str] = {}
     for token in FORMAT_TOKENS:
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
@@ -96,7 +97,7 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         seen[ids[0]] = token
         if len(tokenizer) >= GEMMA_VOCABULARY and ids[0] != FUNCTION_GEMMA_IDS[token]:
             raise _failed(f"{token} is the id {ids[0]}, expected {FUNCTION_GEMMA_IDS[token]}")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids(END_OF_TURN):
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == id_of(tokenizer, END_OF_TURN):
         raise _failed(f"the padding token is the id {tokenizer.pad_token_id}, expected one that does not end a turn")
 
 
@@ -106,9 +107,7 @@ def _check_example(tokenizer: PreTrainedTokenizerBase, example: Example, encoded
     bos = tokenizer.bos_token_id
     if bos is not None:
         if ids.count(bos) != 1 or ids[0] != bos:
-            raise _failed(
-                f"{where}: <bos> ({bos}) stands at {[i for i, x in enumerate(ids) if x == bos]}, expected [0]"
-            )
+            raise _failed(f"{where}: <bos> ({bos}) is at {[i for i, x in enumerate(ids) if x == bos]}, expected [0]")
         ids = ids[1:]
     text = example.text
     decoded = decode(tokenizer, ids)
@@ -119,10 +118,10 @@ def _check_example(tokenizer: PreTrainedTokenizerBase, example: Example, encoded
         raise _failed(f"{where}: its ids decode to {decoded[at : at + 30]!r}, expected {text[at : at + 30]!r}")
     pieces = [*example.prompt.pieces(), *example.answer.pieces()]
     for token in FORMAT_TOKENS:
-        in_ids = ids.count(tokenizer.convert_tokens_to_ids(token))
+        in_ids = ids.count(id_of(tokenizer, token))
         in_text = sum(isinstance(piece, Control) and piece == token for piece in pieces)
         if in_ids != in_text:
-            raise _failed(f"{where}: {token} stands {in_ids} times in the ids, expected {in_text}")
+            raise _failed(f"{where}: {token} occurs {in_ids} times in the ids, expected {in_text}")
 
 
 def _changed_by_flag(folder: Path, examples: Sequence[Example], encoded: Sequence[EncodedExample]) -> tuple[int, str]:

@@ -13,16 +13,16 @@ from conversation_config import PROJECT, STAND_IN
 
 
 def find_base_model(name: str) -> Path:
-    """The local folder of a base model: config, safetensors, tokenizer.
+    """The local folder of a base model, with config, safetensors and tokenizer.
 
-    `name` is the stand-in's name, a local folder, or a hub name, which is taken from the hub's cache or downloaded.
-    Raises UserError with what to do when it cannot be had.
+    `name`: the stand-in's name, a local folder, or a hub name, from the hub's cache or downloaded.
+    Raises UserError with a remedy when there is none.
     """
     if name == STAND_IN:
         return prepare_stand_in()
     folder = Path(os.path.expanduser(name))
     if not folder.exists() and (PROJECT / folder).is_dir():
-        folder = PROJECT / folder  # the name is from a run that was started in the project's folder
+        folder = PROJECT / folder  # named by a run that was started in the project's folder
     if folder.is_dir():
         return _checked(folder.resolve())
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -53,10 +53,12 @@ def _from_hub(name: str) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    """The folder, when it holds a model in safetensors and a tokenizer with the control tokens. Raises UserError."""
+    """The folder. Raises UserError unless it has weights in safetensors and a tokenizer with the control tokens."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: no config.json")
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no weights in safetensors", "other formats are not read: they can hold programs")
+        raise UserError(
+            f"{folder} has no weights in safetensors", "other formats are not read: they can contain programs"
+        )
     check_control_tokens(load_tokenizer(folder))
     return folder

@@ -1,4 +1,4 @@
-"""A merged model's folder: the manifest by which a later reader knows that nothing of it was changed."""
+"""A merged model's folder, and the manifest that reveals later changes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MANIFEST = "conversation_model.json"
 
 
 def write_manifest(folder: Path, files: dict[str, str]) -> None:
-    """Write down the hashes of a merged folder's files, and the fingerprint of its tokenizer."""
+    """Write the hashes of a merged folder's files and the fingerprint of its tokenizer."""
     write_json(folder / MANIFEST, {"tokenizer_fingerprint": fingerprint(load_tokenizer(folder)), "files": files})
 
 
 def load_verified(
     folder: Path, expected_fingerprint: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a merged folder, on the device that training would use.
+    """Model and tokenizer of a merged folder, on the device that training uses.
 
-    Raises UserError when it is no merged folder, when a file is not the one that was verified, and when the tokenizer
-    is not the one of the training.
+    Raises UserError when it is no merged folder, when a file changed since the merge, and when the tokenizer is not
+    that of the training.
     """
     if not folder.is_dir():
         raise UserError(f"there is no merged model at {folder}", "merge_conversation_model.py makes one")

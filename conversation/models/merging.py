@@ -1,8 +1,7 @@
-"""Merge adapters into their base, in FP32, and believe the result only after reading it back from disk.
+"""Merge adapters into their base in FP32, and verify the result as read back from disk.
 
-The merged folder is complete in itself: config, weights with tied embeddings, tokenizer, a generation config that
-stops at the end of the turn, the chat template of the training prompts, and `conversation_model.json`, by which a later
-reader knows that nothing of it was changed.
+The merged folder is complete: config, weights with tied embeddings, tokenizer, a generation config that stops at the
+end of the turn, the chat template of the training prompts, and the manifest `conversation_model.json`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from conversation.format import calls
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.merged_model import write_manifest
-from conversation.models.tokenizer import encode_prompt, load_tokenizer
+from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer
 from conversation.models.weights import load_model, training_device
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
 from conversation.runs.machine import peak_memory_bytes
@@ -37,7 +36,7 @@ CHAT_TEMPLATE = Path(calls.__file__).with_name("chat_template.jinja")
 COMPARED_LOGITS = 16  # positions at the end of each prompt; all of them would be 0.3 GB a prompt
 COMPARED_TOKENS = 24  # of the greedy continuations
 LOGIT_TOLERANCE = 2e-4
-"""Largest difference of logits, as a share of the largest, that rounding may make; measured on the stand-in: 3e-6."""
+"""The largest difference of logits allowed to rounding, as a share of the largest logit; on the stand-in: 3e-6."""
 
 
 def merge(
@@ -47,14 +46,14 @@ def merge(
 
     `adapter_files`: the hashes of the adapters, for the result.
 
-    Raises UserError when the adapters do not fit the base, when something is not finite, or when the model read back
-    from disk does not say what base and adapters say; then nothing stands under the final name.
+    Raises UserError when the adapters do not fit the base, when a value is not finite, or when the model read back from
+    disk differs from base and adapters. Then the final name is not touched.
     """
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer = load_tokenizer(base_folder)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end_of_turn = id_of(tokenizer, END_OF_TURN)
     model = _with_adapters(base_folder, adapters)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     expected = [_observe(model, ids, end_of_turn) for ids in prompt_ids]
@@ -99,7 +98,7 @@ def _with_adapters(base_folder: Path, adapters: Path) -> PeftModel:
 
 
 @torch.inference_mode()
-def _observe(model: torch.nn.Module, ids: list[int], end_of_turn: int) -> tuple[torch.Tensor, list[int]]:
+def _observe(model: Any, ids: list[int], end_of_turn: int) -> tuple[torch.Tensor, list[int]]:
     """Logits at the last positions of a prompt [COMPARED_LOGITS, vocabulary], and the greedy continuation."""
     inputs = torch.tensor([ids], device=model.device)
     logits = model(input_ids=inputs, use_cache=False, logits_to_keep=COMPARED_LOGITS).logits[0].cpu()
@@ -107,8 +106,8 @@ def _observe(model: torch.nn.Module, ids: list[int], end_of_turn: int) -> tuple[
         do_sample=False, max_new_tokens=COMPARED_TOKENS, eos_token_id=end_of_turn, pad_token_id=0
     )
     attention = torch.ones_like(inputs)
-    said = model.generate(input_ids=inputs, attention_mask=attention, generation_config=settings)
-    return logits, said[0, len(ids) :].tolist()
+    output = model.generate(input_ids=inputs, attention_mask=attention, generation_config=settings)
+    return logits, output[0, len(ids) :].tolist()
 
 
 def _save(model: Any, base_folder: Path, folder: Path, end_of_turn: int, pad: int) -> None:
@@ -138,36 +137,36 @@ def _verify(
     end_of_turn: int,
     tied: bool,
 ) -> tuple[float, float]:
-    """Read the saved model and compare; `tied`: whether the base's embeddings are.
+    """Read the saved model and compare it. `tied`: whether the base's embeddings are tied.
 
-    Returns the largest difference of a logit, and the largest logit. Raises UserError when the models differ.
+    Returns the largest difference of logits and the largest logit. Raises UserError when the models differ.
     """
     model = load_model(folder).eval().to(training_device())
     for name, tensor in model.named_parameters():
         if not math.isfinite(tensor.sum().item()):  # a sum needs no second tensor of this size
-            raise UserError(f"the merged tensor {name} holds a value that is not finite", "", TRIED_AND_FAILED)
+            raise UserError(f"the merged tensor {name} has a value that is not finite", "", TRIED_AND_FAILED)
     if tied:
         on_disk = {name for path in folder.glob("*.safetensors") for name in _tensor_names(path)}
         untied = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
         if untied or any(name.startswith("lm_head") for name in on_disk):
-            raise UserError("the merged model's embeddings are not tied any more", "", TRIED_AND_FAILED)
+            raise UserError("the merged model's embeddings are no longer tied", "", TRIED_AND_FAILED)
     difference, largest, equal = 0.0, 0.0, True
-    for ids, (logits, said) in zip(prompt_ids, expected, strict=True):
-        found_logits, found_said = _observe(model, ids, end_of_turn)
+    for ids, (logits, continuation) in zip(prompt_ids, expected, strict=True):
+        found_logits, found_continuation = _observe(model, ids, end_of_turn)
         difference = max(difference, (found_logits - logits).abs().max().item())
         largest = max(largest, logits.abs().max().item())
-        equal = equal and found_said == said
+        equal = equal and found_continuation == continuation
     if not difference <= LOGIT_TOLERANCE * largest or not equal:
         raise UserError(
             f"the merged model is not base + adapters: logits differ by up to {difference:.2e} of {largest:.1f}, "
             f"greedy continuations are {'equal' if equal else 'different'}",
-            "nothing was put under the final name",
+            "the final name was not touched",
             TRIED_AND_FAILED,
         )
     return difference, largest
 
 
 def _os_error(error: SafetensorError) -> int:
-    """The operating system's number of an error that safetensors only writes into its message."""
+    """The operating system's error number, which safetensors gives only in its message."""
     number = re.search(r"os error (\d+)", str(error))
     return int(number[1]) if number else errno.EIO

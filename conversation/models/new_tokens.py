@@ -1,20 +1,21 @@
-"""Give a model the control tokens of the format, each with a sensible start."""
+"""Add the control tokens of the format to a model, each with a sensible first embedding."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS
 from conversation.models.audit import FUNCTION_GEMMA_IDS, check_control_tokens
-from conversation.models.tokenizer import load_tokenizer
+from conversation.models.tokenizer import id_of, load_tokenizer
 from conversation.models.weights import load_model
 from conversation.runs.files import make_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -23,9 +24,8 @@ def save_with_control_tokens(
 ) -> None:
     """Save model and tokenizer with every control token of the format as one id.
 
-    A Gemma vocabulary has room for them (ids 46 to 52, `<unused40>` to `<unused46>` unless they are named already);
-    any other vocabulary grows. New tokens, and those named as untrained, start from the mean embedding of the words in
-    their names.
+    A Gemma vocabulary has unused ids for them (46 to 52, `<unused40>` to `<unused46>`); any other vocabulary grows.
+    New tokens, and those in `untrained`, start from the mean embedding of the words in their names.
     """
     tokenizer.save_pretrained(folder)
     with contextlib.suppress(OSError):
@@ -33,13 +33,13 @@ def save_with_control_tokens(
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in CONTROL_TOKENS if token not in vocabulary and token in FUNCTION_GEMMA_IDS]
     names = {FUNCTION_GEMMA_IDS[token]: token for token in missing}
-    unused = {i: tokenizer.convert_ids_to_tokens(i) for i in names if i < len(tokenizer)}
-    if missing and all(str(unused.get(i)).startswith("<unused") for i in names):
+    unused = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in names if i < len(tokenizer)}
+    if missing and all(unused.get(i, "").startswith("<unused") for i in names):
         _rename_tokens(folder, {unused[i]: token for i, token in names.items()})
     elif missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
         tokenizer.save_pretrained(folder)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > cast("nn.Embedding", model.get_input_embeddings()).num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     renamed = load_tokenizer(folder)
     for token in (*missing, *untrained):
@@ -58,17 +58,17 @@ def _rename_tokens(folder: Path, names: dict[str, str]) -> None:
 
 
 def _start_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Set a token's embedding to the mean of those of `<`, the words in its name, and `>`, at the usual norm.
+    """Set a token's embedding to the mean of those of `<`, the words in its name, and `>`, at the median norm.
 
-    The brackets matter where the name is one word: without them `<escape>` would start as a copy of `escape`, and as
-    the head is tied and frozen, no adapter could ever make the one likelier than the other. On the stand-in and 16 of
-    our examples the completion loss of the base is 2.92 with this start and 3.19 without the brackets.
+    The brackets matter for names of one word: without them `<escape>` would start as a copy of `escape`. The head is
+    tied and frozen, so no adapter could make one likelier than the other. On the stand-in and 16 of our examples the
+    base has a completion loss of 2.92 with this start, and 3.19 without the brackets.
     """
     import torch
 
     parts = ["<", token.strip("<>").replace("_", " "), ">"]
     word_ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
-    token_id = tokenizer.convert_tokens_to_ids(token)
+    token_id = id_of(tokenizer, token)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     matrices = [model.get_input_embeddings().weight] + ([] if tied else [model.get_output_embeddings().weight])
     with torch.no_grad():

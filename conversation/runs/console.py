@@ -1,4 +1,4 @@
-"""The console output of a run, logged in its folder."""
+"""console.log: the console output of a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, BinaryIO, TextIO
 
 from conversation.errors import as_user_error
 
-BAR_SECONDS = 60  # how often the state of a progress bar is logged, so that a killed run's log says how far it was
+BAR_SECONDS = 60  # between logged states of a progress bar; the log of a killed run shows its progress
 
 
 class _Log:
-    """console.log, appended to line by line. A full disk costs lines of the log, and does not stop the work."""
+    """console.log, appended line by line. A full disk loses lines of it but does not stop the work."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -29,10 +29,7 @@ class _Log:
 
 
 class _Tee:
-    """A stream that also writes what passes through it to the log, each line with its time.
-
-    A terminal that is closed meanwhile is done without.
-    """
+    """A stream that also logs each line written to it, with the time. It goes on without a closed terminal."""
 
     def __init__(self, stream: TextIO, log: _Log):
         self._stream, self._log, self._line, self._logged = stream, log, "", time.monotonic()
@@ -42,7 +39,7 @@ class _Tee:
             self._stream.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            shown = line.rstrip("\r").rsplit("\r", 1)[-1]  # of a progress bar, its last state
+            shown = line.rstrip("\r").rsplit("\r", 1)[-1]  # the last state of a progress bar
             if shown.strip():
                 self._log.line(shown)
         if "\r" in self._line:
@@ -62,7 +59,7 @@ class _Tee:
 
 @contextlib.contextmanager
 def logged_console(path: Path) -> Iterator[None]:
-    """Append everything that is printed meanwhile to a log file, with times; errors too."""
+    """Log everything printed inside the block, with times, and the error that ends it."""
     with open(path, "ab", buffering=0) as file:
         log = _Log(file)
         out, err = sys.stdout, sys.stderr

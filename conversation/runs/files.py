@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, hashes, room on the disk."""
+"""Files that are whole or absent: atomic writes, hashes, disk space."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ OLD = ".old.part"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment its name stands for the old content or for the whole new one."""
+    """Write a file. At every moment it has the old content or the whole new one. Raises UserError."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file that could be replaced", "name another")
+        raise UserError(f"{path} is not a file and cannot be replaced", "name another")
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -36,7 +36,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError, needed_bytes: int) -> UserError:
-    """The UserError for a file or folder of `needed_bytes` that could not be written, once its beginning is removed."""
+    """The UserError for a failed write of `needed_bytes`. Call it after the partial file or folder is removed."""
     folder = path if path.is_dir() else path.parent
     hint = ""
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -46,12 +46,12 @@ def cannot_write(path: Path, error: OSError, needed_bytes: int) -> UserError:
             free = shutil.disk_usage(folder).free
             hint = f"{size(free)} are free there"
             if free < needed_bytes:
-                hint += f", {size(needed_bytes - free)} more are needed: make room, then go on with --resume"
+                hint += f", {size(needed_bytes - free)} more are needed: free disk space, then go on with --resume"
     return UserError(f"cannot write {path}: {error.strerror or error}", hint, TRIED_AND_FAILED)
 
 
 def size(count: int) -> str:
-    """A number of bytes as a person reads it."""
+    """A number of bytes, for people."""
     for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
         if count >= factor:
             return f"{count / factor:.{digits}f} {unit}"
@@ -59,7 +59,7 @@ def size(count: int) -> str:
 
 
 def replace_folder(part: Path, final: Path) -> None:
-    """Give a complete folder its final name, in place of an older one; no half of either stands under that name."""
+    """Give a complete folder its final name. An older folder of that name is replaced; neither is ever seen in part."""
     for path in part.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -67,13 +67,13 @@ def replace_folder(part: Path, final: Path) -> None:
     old = final.with_name(f".{final.name}{OLD}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        os.rename(final, old)  # killed after this, `remove_leftovers` gives the old one its name back
+        os.rename(final, old)  # after a kill here, `remove_leftovers` renames the old one back
     os.rename(part, final)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write; a folder that it was replacing gets its name back."""
+    """Remove the partial files of a killed process. A folder that it was replacing gets its name back."""
     for old in folder.glob(f".*{OLD}"):
         final = old.with_name(old.name[1 : -len(OLD)])
         if not final.exists():
@@ -97,7 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of ours. Raises UserError that names the file."""
+    """The JSON object in a file of ours. Raises UserError that names the file."""
     try:
         value = strict_json.loads(strict_json.decode_utf8(path.read_bytes()))
     except FileNotFoundError:
@@ -117,13 +117,13 @@ def sha256_file(path: Path) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`, by its relative name."""
+    """SHA-256 of every file below `folder`, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
 def find_damage(folder: Path, recorded: dict[str, str]) -> str | None:
-    """The first file that is missing or is not the one that was recorded, as a sentence; None when all are intact."""
+    """The first missing or changed file, as a sentence; None when all are as recorded."""
     for name, digest in recorded.items():
         path = folder / name
         if not path.is_file():
@@ -134,7 +134,7 @@ def find_damage(folder: Path, recorded: dict[str, str]) -> str | None:
 
 
 def check_disk_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises UserError when the disk of `folder` has less free room than is needed."""
+    """Raises UserError when the disk of `folder` has less free space than `needed_bytes`."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -146,7 +146,7 @@ def check_disk_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 def shown(path: Path) -> str:
-    """A path as a person would type it: relative where it lies below the current folder or the project."""
+    """A path as a person would type it: relative below the current folder or the project."""
     for base in (Path.cwd(), PROJECT):
         with contextlib.suppress(ValueError):
             return str(path.resolve().relative_to(base))

@@ -1,13 +1,13 @@
-"""The run folder: what a run leaves behind, and working in it.
+"""The run folder: its files, its record, and work in it.
 
     training-runs/conversation/
-        2026-11-22/          a published run: trained, merged, tested, nothing of it half-written
+        2026-11-22/          a published run: trained, merged, tested, and complete
         2026-11-22-2/        the second one of that day
         latest -> 2026-11-22-2
-        attempts/            runs under way, and failed ones with their log, until the next retrain cleans them
+        attempts/            unfinished and failed runs with their logs; the next retrain removes them
 
-`run.json` is rewritten as a whole after each stage and never in place: a reader sees the old or the new one. It holds
-its own SHA-256 and those of the files that later stages use: a changed bit is found before it does harm.
+Each stage replaces `run.json` as a whole: a reader sees the old or the new one. It contains its own SHA-256 and those
+of the files that later stages use. A changed bit is found before it does harm.
 """
 
 from __future__ import annotations
@@ -109,22 +109,22 @@ class RunFolder:
     # --- its record ---
 
     def check_unused(self) -> None:
-        """Raises UserError when the folder holds a run, or anything else."""
+        """Raises UserError unless the folder is absent or empty."""
         if self.run_json.exists():
             raise UserError(
-                f"{shown(self.path)} holds a run already", "go on with it: --resume; or name another --run_dir"
+                f"{shown(self.path)} already contains a run", "go on with it: --resume; or name another --run_dir"
             )
         if self.path.exists():
             others = [path.name for path in self.path.iterdir() if path.name != LOCK_FILE]
             if others:
                 raise UserError(
-                    f"{shown(self.path)} is not empty: it holds {others[0]}", "name a new folder with --run_dir"
+                    f"{shown(self.path)} is not empty: it contains {others[0]}", "name a new folder with --run_dir"
                 )
 
     def create(self, record: RunRecord) -> None:
-        """Make the folder together with its record: killed at any moment, both are there or neither is.
+        """Make the folder and its record at once: after a kill at any moment, both exist or neither does.
 
-        Raises UserError when something else is there already.
+        Raises UserError when the folder is in use for something else.
         """
         self.check_unused()
         if self.path.exists():
@@ -159,22 +159,20 @@ class RunFolder:
         write_atomically(self.run_json, record.to_json())
 
     def read_unpublished(self) -> RunRecord:
-        """run.json of a run that may be changed. Raises UserError when it is published."""
+        """run.json of a run that may still change. Raises UserError when it is published."""
         record = self.read()
         if self.is_published(record):
-            raise UserError(
-                f"{shown(self.path)} is published: it is not changed any more", "name another with --run_dir"
-            )
+            raise UserError(f"{shown(self.path)} is published: it can no longer change", "name another with --run_dir")
         return record
 
     def is_published(self, record: RunRecord) -> bool:
-        """Whether the run has its final name. An attempt that was stopped while it was published has not."""
+        """Whether the run has its final name. An attempt stopped during its publication does not."""
         return record.published is not None and not self.is_attempt
 
     # --- its other files ---
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The logged metrics, one dictionary a line of metrics.jsonl. Raises UserError."""
+        """The logged metrics: one dictionary per line of metrics.jsonl. Raises UserError when a file is damaged."""
         training = self.read().training
         if training and (problem := find_damage(self.path, training.files)):
             raise UserError(problem, "train_conversation.py --resume writes it again from the newest checkpoint")
@@ -189,7 +187,7 @@ class RunFolder:
         return entries
 
     def read_tests(self) -> AnswersReport:
-        """structural_tests.json. Raises UserError."""
+        """structural_tests.json. Raises UserError when it is missing or broken."""
         value = read_json(self.structural_tests)
         try:
             return from_json(AnswersReport, {name: value.get(name) for name in ("tests", "held_out")})
@@ -197,8 +195,8 @@ class RunFolder:
             raise UserError(f"{self.structural_tests} is broken: {error}", "test the model again") from None
 
     def write_tests(self, report: AnswersReport) -> AnswersResult:
-        """Write structural_tests.json; returns what run.json says of it."""
-        counts = {
+        """Write structural_tests.json; return its summary for run.json."""
+        counts: dict[str, Any] = {
             "passed": all(test.passed for test in report.tests),
             "passed_tests": sum(test.passed for test in report.tests),
             "held_out_questions": len(report.held_out),
@@ -213,12 +211,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def at_work(self, new: bool = False) -> Iterator[RunRecord]:
-        """Lock the folder, log what is printed, and read the record. `new`: a run that is refused leaves no folder.
+        """Lock the folder, log the console, and read the record. `new`: a refused run leaves no folder.
 
-        Of several processes the first one does this for all. Raises UserError when the folder is no run, when the run
-        is published, and when another process works in it.
+        Of several processes only the first locks and logs. Raises UserError when the folder is no run, when the run is
+        published, and when another process works in it.
         """
-        self.read_unpublished()  # before a lock file is made
+        self.read_unpublished()  # before the lock file is made
         if not is_first_process():
             yield self.read_unpublished()
             return
@@ -235,7 +233,7 @@ class RunFolder:
 
 
 def free_name(folder: Path, name: str) -> Path:
-    """`folder/name`, or with -2, -3, ... appended when that is taken."""
+    """`folder/name`, with -2, -3, ... appended when it is taken."""
     candidate, number = folder / name, 1
     while candidate.exists():
         number += 1
@@ -244,12 +242,12 @@ def free_name(folder: Path, name: str) -> Path:
 
 
 def new_run_folder(root: Path = TRAINING_RUNS) -> RunFolder:
-    """The name of a new run of today; nothing is made yet."""
+    """A free name for a run of today. Nothing is made yet."""
     return RunFolder(free_name(root, datetime.date.today().isoformat()))
 
 
 def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
-    """The run whose run.json was written last, attempts included. Raises UserError when there is none."""
+    """The run with the most recent run.json, attempts included. Raises UserError when there is none."""
     found = [*root.glob(f"{RUN_NAME}/run.json"), *(root / ATTEMPTS).glob(f"{ATTEMPT_NAME}/run.json")]
     if not found:
         raise UserError(
@@ -259,5 +257,5 @@ def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
 
 
 def named_run(run_dir: Path | None) -> RunFolder:
-    """The run of a `--run_dir` flag: that folder, or the newest run."""
+    """The run that `--run_dir` names; without the flag, the newest."""
     return RunFolder(run_dir.resolve()) if run_dir else newest_run()

@@ -1,4 +1,4 @@
-"""Who works in a folder: a lock that the kernel releases when its owner dies."""
+"""Folder locks. The kernel releases a lock when its owner dies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep others out of a folder while working in it; what a process that died had begun to write there is removed.
+    """Lock a folder during the block, and remove the partial files of dead processes.
 
-    Raises UserError that names the process which works there, and since when.
+    Raises UserError that names the owner of the lock, and since when it works there.
     """
     make_folder(folder)
     try:
@@ -35,9 +35,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def lock_file(file: TextIO, folder: Path, owner: int | None = None) -> None:
-    """Lock an open file and write into it who owns the lock.
+    """Lock an open file and write the owner into it.
 
-    Raises UserError when another process owns it, and when the file system of `folder` has no locks.
+    Raises UserError when another process owns the lock, and when the file system of `folder` has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,20 +46,20 @@ def lock_file(file: TextIO, folder: Path, owner: int | None = None) -> None:
         user = file.read().strip() or "another process"
         working = [number for number in _processes_with(file) if f"process {number} " not in user]
         if working and user.startswith("process") and not Path(f"/proc/{user.split()[1]}").exists():
-            user += f", itself ended; what it began is at work yet: process {', '.join(map(str, working))}"
+            user += f", which has ended; its child is still at work: process {', '.join(map(str, working))}"
         raise UserError(f"{shown(folder)} is in use by {user}", "wait until it has finished, or stop it") from None
     except OSError as error:
         raise UserError(
             f"{shown(folder)} cannot be locked: {error.strerror}",
             "its file system has no locks: put the run folder on a local disk, with --run_dir",
         ) from None
-    with contextlib.suppress(OSError):  # on a full disk the lock is there without a name in it
+    with contextlib.suppress(OSError):  # on a full disk the lock works without a name in it
         os.ftruncate(file.fileno(), 0)
         os.pwrite(file.fileno(), f"process {owner or os.getpid()} since {now()}".encode(), 0)
 
 
 def _processes_with(file: TextIO) -> list[int]:
-    """The other processes that have a file open, as far as one may see them."""
+    """The other processes that have a file open, as far as /proc shows them."""
     wanted, found = os.fstat(file.fileno()), set()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The loss curve of a run, as a picture."""
+"""The loss curve of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRAINING_COLOUR, HELD_OUT_COLOUR = "#1f77b4", "#d95f02"
 
 
 def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> None:
-    """Training and held-out loss over epochs, as a PNG on an opaque light ground, so that any viewer shows it."""
+    """Draw training and held-out loss over epochs as a PNG. Its background is opaque white, for any viewer."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,12 +25,14 @@ def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> 
     if training:
         axes.plot(*zip(*training, strict=True), color=TRAINING_COLOUR, linewidth=1.8, label="training, by window")
     if held_out:
-        # Points without a line while there are only two: a straight line between them would tell of a course unseen.
-        style = {"marker": "o", "linestyle": "--" if len(held_out) > 2 else "none", "clip_on": False, "zorder": 3}
-        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, label="held-out trees", **style)
+        # Two points get no line: it would suggest a course that nobody measured.
+        style: dict[str, Any] = {"marker": "o", "linestyle": "--" if len(held_out) > 2 else "none"}
+        style |= {"color": HELD_OUT_COLOUR, "clip_on": False, "zorder": 3}
+        axes.plot(*zip(*held_out, strict=True), label="held-out trees", **style)
         for epoch, loss in (held_out[0], held_out[-1]):
-            place = {"xytext": (8, 8), "textcoords": "offset points", "color": HELD_OUT_COLOUR}
-            axes.annotate(f"{loss:.3f}", (epoch, loss), **place)
+            axes.annotate(
+                f"{loss:.3f}", (epoch, loss), xytext=(8, 8), textcoords="offset points", color=HELD_OUT_COLOUR
+            )
     counted = "completion" if loss_on == "completion" else "all"
     axes.set(xlabel="epoch", ylabel=f"loss per token ({counted} tokens), nats", ylim=(0, None))
     axes.set_xlim(0, max((epoch for epoch, _ in training + held_out), default=1) * 1.08)

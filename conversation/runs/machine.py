@@ -1,4 +1,4 @@
-"""Where a run is made: versions, machine, git commit, processes, memory."""
+"""The environment of a run: versions, machine, git commit, processes, memory."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def number_of_processes() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes into the run folder for all."""
+    """Whether this is the process that writes into the run folder."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def peak_memory_bytes() -> int:
-    """The most resident memory since this program began (ru_maxrss would count what started it, too)."""
+    """The peak resident memory of this program. (ru_maxrss would include the program that started it.)"""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -67,7 +67,7 @@ def _processor() -> str:
 
 
 def _git_commit() -> str | None:
-    """The project's commit, with "+changes" when files differ from it; None outside a repository."""
+    """The project's commit, plus "+changes" when files differ from it; None outside a repository."""
     try:
         command = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,4 +1,4 @@
-"""Attempts, and how one of them becomes the published run."""
+"""Attempts, and the publication of a finished one."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from conversation.runs.record import RunRecord, now
 from conversation_config import TRAINING_RUNS
 
 LATEST = "latest"
-PUBLISHING = ".publishing"  # in attempts/, while a run gets its name and `latest` still points at the one before
+PUBLISHING = ".publishing"  # in attempts/, while a run has its final name but `latest` still points at the previous run
 
 
 def bytes_of_attempts(root: Path = TRAINING_RUNS) -> int:
-    """The disk space that the next attempt will free: it cleans the attempts before it."""
+    """The disk space that the next attempt will free by removing earlier ones."""
     attempts = (root / ATTEMPTS).glob(ATTEMPT_NAME)
     return sum(path.lstat().st_size for attempt in attempts for path in attempt.rglob("*") if path.is_file())
 
 
 def begin_attempt(root: Path, record: RunRecord) -> RunFolder:
-    """Clean the leftovers of earlier attempts, and nothing else; make the folder of a new one, with its record.
+    """Remove earlier attempts, and nothing else. Make the folder of a new one, with its record.
 
-    Stopped at any moment, what has an attempt's name is a whole attempt. Raises UserError when an attempt is in use.
+    After a kill at any moment, every folder with an attempt's name is complete. Raises UserError when one is in use.
     """
     attempts = root / ATTEMPTS
     make_folder(attempts)
@@ -46,7 +46,7 @@ def begin_attempt(root: Path, record: RunRecord) -> RunFolder:
 
 
 def newest_attempt(root: Path = TRAINING_RUNS) -> RunFolder | None:
-    """The attempt to go on with; None when there is none, or the last one was published."""
+    """The newest attempt; None when there is none, as after a publication."""
     found = sorted(path for path in (root / ATTEMPTS).glob(ATTEMPT_NAME) if path.is_dir())
     return RunFolder(found[-1]) if found else None
 
@@ -54,14 +54,14 @@ def newest_attempt(root: Path = TRAINING_RUNS) -> RunFolder | None:
 def publish(attempt: RunFolder, root: Path) -> RunFolder:
     """Give a finished attempt its final name and point `latest` at it. Raises UserError unless it passed its tests.
 
-    A reader sees the run under its final name whole or not at all. Stopped between the two steps, `latest` still points
-    at the run before; `finish_publishing` corrects that.
+    A reader sees the whole run under its final name, or nothing. After a kill between the two steps `latest` still
+    points at the previous run; `finish_publishing` corrects that.
     """
     with attempt.at_work() as record:
         if not (record.structural_tests and record.structural_tests.passed):
             raise UserError(f"{shown(attempt.path)} has not passed its tests: not published", "", TRIED_AND_FAILED)
         if problem := find_damaged_result(attempt, record):
-            raise UserError(f"not published: {problem}", "./RETRAIN.sh --resume makes it again", TRIED_AND_FAILED)
+            raise UserError(f"not published: {problem}", "./RETRAIN.sh --resume repairs it", TRIED_AND_FAILED)
         attempt.write(dataclasses.replace(record, published=now()))
         report.write_report(attempt)
         final = free_name(root, record.started[:10])
@@ -77,10 +77,10 @@ def publish(attempt: RunFolder, root: Path) -> RunFolder:
 
 
 def find_damaged_result(run: RunFolder, record: RunRecord) -> str | None:
-    """The first of a run's results that is not as its stage left it, as a sentence."""
+    """The first damaged result of a run, as a sentence; None when all are as their stages left them."""
     training, merge, tests = record.training, record.merge, record.structural_tests
     if merge and training and merge.adapter_files != training.adapter_files:
-        return f"{run.merged_model} was made with other adapters"
+        return f"{run.merged_model} was merged from other adapters"
     folders = (
         (run.final_lora, training.adapter_files if training else {}),
         (run.merged_model, merge.files if merge else {}),
@@ -91,7 +91,7 @@ def find_damaged_result(run: RunFolder, record: RunRecord) -> str | None:
 
 
 def finish_publishing(root: Path) -> None:
-    """Point `latest` at a run that got its name and not the pointer, because publishing it was stopped in between."""
+    """Point `latest` at a run whose publication was stopped after it got its name."""
     marker = root / ATTEMPTS / PUBLISHING
     if marker.exists():
         final = root / marker.read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def finish_publishing(root: Path) -> None:
 
 
 def _point_latest_at(run: Path) -> None:
-    """Replace the `latest` link beside a run in one step."""
+    """Replace the `latest` link beside a run, atomically."""
     link = run.parent / f".{LATEST}.part"
     link.unlink(missing_ok=True)
     link.symlink_to(run.name)
@@ -114,11 +114,11 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=TRAINING_RUNS, help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("lock", help="lock the open file descriptor given").add_argument("descriptor", type=int)
-    commands.add_parser("newest", help="print the folder of the newest attempt, nothing when there is none")
+    commands.add_parser("newest", help="print the folder of the newest attempt, or nothing")
     commands.add_parser("publish", help="give the newest attempt its final name")
     args = parser.parse_args()
     if args.command == "lock":
-        # The lock belongs to the open file that RETRAIN.sh and its children share: it outlives this process.
+        # RETRAIN.sh and its children share the open file, and thereby the lock: it outlives this process.
         with open(args.descriptor, "a+", encoding="utf-8", closefd=False) as file:
             lock_file(file, args.root, os.getppid())
         finish_publishing(args.root)

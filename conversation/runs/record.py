@@ -1,7 +1,7 @@
-"""run.json as a value: what a run was made with, and what its stages found.
+"""run.json as a value: the inputs of a run, and the results of its stages.
 
-This module is the only one that knows the keys of run.json and of structural_tests.json; they are the names of the
-fields below. The record is born with the run folder and holds the resolved settings. Each stage adds its result.
+Only this module knows the keys of run.json and structural_tests.json: the names of the fields below. The record is
+made with the run folder and contains the resolved settings. Each stage adds its result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from conversation.data.statistics import DataStatistics
 from conversation.errors import UserError
@@ -27,12 +27,12 @@ def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-# --- what a run was made with ---------------------------------------------------------------------------------------
+# --- inputs of a run ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which base model it is: hashes of its files, and the fingerprint of its tokenizer's ids."""
+    """The base model: hashes of its files, and the fingerprint of its tokenizer's ids."""
 
     name: str
     weights_sha256: str
@@ -41,7 +41,7 @@ class BaseIdentity:
     tokenizer_fingerprint: str
 
     def differences(self, other: BaseIdentity) -> list[str]:
-        """Each part in which `other` is another model, its name and place aside, as a sentence."""
+        """One sentence for each part of the model that differs. Its name and location do not count."""
         parts = {
             "weights_sha256": "the base model's weights",
             "config_sha256": "the base model's config.json",
@@ -53,7 +53,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """Which data it is: where it came from, hashes of the training lines and the held-out lines, and counts."""
+    """The data: its source, hashes of the training and of the held-out lines, and counts."""
 
     source: str
     training_sha256: str
@@ -61,7 +61,7 @@ class DataIdentity:
     statistics: DataStatistics
 
     def differences(self, other: DataIdentity) -> list[str]:
-        """Each part in which `other` is other data, as a sentence."""
+        """One sentence for each part of the data that differs. Its source does not count."""
         parts = {"training_sha256": "the training data", "held_out_sha256": "the held-out data"}
         return _differences(parts, self, other)
 
@@ -73,7 +73,7 @@ def _differences(parts: dict[str, str], before: object, current: object) -> list
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions of the packages, the machine, the project's git commit (None outside a repository)."""
+    """Package versions, the machine, and the project's git commit (None outside a repository)."""
 
     versions: dict[str, str]
     machine: dict[str, str | int | float]
@@ -82,19 +82,19 @@ class Environment:
 
 @dataclass(frozen=True)
 class Start:
-    """When a process began to train, after which step of the run, and with which code."""
+    """One start of the training: when, after which step of the run, and with which code."""
 
     time: str
     after_step: int
     git_commit: str | None
 
 
-# --- what its stages found ------------------------------------------------------------------------------------------
+# --- results of its stages ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The figures of a finished training. Losses in nats per label token; hashes of the files that it left."""
+    """The figures of a finished training. Losses are in nats per label token; files map to SHA-256."""
 
     steps: int
     first_window_loss: float
@@ -117,7 +117,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The figures of a merge. `largest_logit_difference` is absolute, `largest_logit` is what to compare it with."""
+    """The figures of a merge. Compare `largest_logit_difference`, which is absolute, with `largest_logit`."""
 
     prompts: int
     largest_logit_difference: float
@@ -139,7 +139,7 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class AnswersResult:
-    """How many structural tests passed, and how many of the held-out questions got a valid answer."""
+    """The counts of passed structural tests and of valid answers to held-out questions."""
 
     passed: bool
     passed_tests: int
@@ -152,7 +152,7 @@ class AnswersResult:
 
 @dataclass(frozen=True)
 class AskedQuestion:
-    """One question, what the model said, and the verdict. `position`: the character at which it stops being valid."""
+    """One question, the answer, and the verdict. `position`: the offset of the first invalid character."""
 
     name: str
     question: str
@@ -169,7 +169,7 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class AnswersReport:
-    """structural_tests.json: every question that was asked, the three tests first."""
+    """structural_tests.json: every question asked, the three tests first."""
 
     tests: tuple[AskedQuestion, ...]
     held_out: tuple[AskedQuestion, ...]
@@ -180,7 +180,7 @@ class AnswersReport:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """run.json. A result is None until its stage is finished, and again when an earlier stage is done anew."""
+    """run.json. A result is None until its stage finishes, and again after an earlier stage is repeated."""
 
     started: str
     config: TrainingConfig
@@ -199,36 +199,37 @@ class RunRecord:
         return datetime.datetime.fromisoformat(self.started)
 
     def with_start(self, after_step: int) -> RunRecord:
-        """The record of the run as it begins to train, or goes on, after a step; later stages have to be done anew."""
+        """The record with one more start of the training, after a step. The results of all stages are dropped."""
         start = Start(now(), after_step, self.environment.git_commit)
         return dataclasses.replace(self, starts=(*self.starts, start), training=None, merge=None, structural_tests=None)
 
     @property
     def commits(self) -> list[str]:
-        """The code that trained: one commit after the other where it changed between the starts of the run."""
+        """The commits that trained, in order; of equal neighbours only one."""
         commits = [str(start.git_commit) for start in self.starts] or [str(self.environment.git_commit)]
         return [commit for commit, _ in itertools.groupby(commits)]
 
     def to_json(self) -> bytes:
-        """The bytes of run.json, which hold their own SHA-256."""
+        """The bytes of run.json, their own SHA-256 included."""
         value = dataclasses.asdict(self)
         return (json.dumps({**value, "sha256": _hash(value)}, indent=2, ensure_ascii=False) + "\n").encode()
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> RunRecord:
-        """Raises ValueError that says what is wrong with it."""
+        """Raises ValueError with the reason when the value is not a record."""
         value = dict(value)
         if value.pop("sha256", None) != _hash(value):
-            raise ValueError("its content is not what its SHA-256 was taken of")
+            raise ValueError("its content does not match its SHA-256")
         return from_json(RunRecord, value)
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """A value of one of the classes above from parsed JSON. Raises ValueError that names the keys that do not fit."""
+    """A value of one of the classes above from parsed JSON. Raises ValueError that names the wrong keys."""
     from pydantic import ValidationError
 
+    adapter = _adapter(cast("type", kind))  # mypy takes a type variable's class for not hashable
     try:
-        return _adapter(kind).validate_json(json.dumps(value), strict=True)
+        return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'the object'}: {e['msg']}" for e in error.errors()]
         raise ValueError("; ".join(problems[:5])) from None
@@ -245,16 +246,16 @@ def _hash(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# --- going on -------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------------------------
 
 HARMLESS_CHANGES = ("logging_steps", "save_steps")
 LENGTH = ("num_train_epochs", "max_steps")
 
 
 def changes_on_resume(record: RunRecord, current: RunRecord) -> list[str]:
-    """What changes harmlessly when a run goes on with the settings of `current`: one sentence each.
+    """The harmless changes when a run resumes with the settings of `current`: one sentence each.
 
-    Raises UserError that names each difference which would make it another run.
+    Raises UserError that names each change that would make it another run.
     """
     harmless, refused = [], []
     for spec in dataclasses.fields(TrainingConfig):

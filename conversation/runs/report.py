@@ -1,4 +1,4 @@
-"""What a person reads after a run: report.md, made from the files of the run folder alone."""
+"""report.md: a run for people, made only from the files of its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STOPS_HERE = "⟦stops being valid here⟧"
 
 
 def write_report(run: RunFolder) -> None:
-    """Draw loss_curve.png and write report.md from what the run folder holds so far."""
+    """Draw loss_curve.png and write report.md from the current files of the run folder."""
     record = run.read()
     draw_loss_curve(run.read_metrics(), record.config.loss_on, run.loss_curve)
     tests = run.read_tests() if record.structural_tests else None
@@ -59,7 +59,7 @@ def _evaluation(run: RunFolder) -> list[str]:
 
 
 def summary(record: RunRecord) -> str:
-    """A finished run in three lines, for the console."""
+    """A finished run in three lines."""
     training, tests = record.training, record.structural_tests
     if not training or not tests:
         return "The run is not finished."
@@ -74,7 +74,7 @@ def summary(record: RunRecord) -> str:
 
 
 def command_that_repeats(record: RunRecord) -> str:
-    """The command that makes a run with the same settings: RETRAIN.sh for a published run, else the training alone."""
+    """The command for a run with the same settings: RETRAIN.sh for a published run, else the training alone."""
     flags = flags_of(record.config)
     if record.published:
         return shlex.join(["./RETRAIN.sh", *flags])
@@ -85,14 +85,14 @@ def command_that_repeats(record: RunRecord) -> str:
 
 
 def previous_run(run: RunFolder, record: RunRecord) -> tuple[str, RunRecord] | None:
-    """Name and record of the published run before this one; None when there is none."""
+    """Name and record of the published run before this one; None if there is none."""
     root = run.path.parent.parent if run.is_attempt else run.path.parent
     found: list[tuple[str, RunRecord]] = []
     for path in root.glob(f"{RUN_NAME}/run.json"):
         try:
             other = RunFolder(path.parent).read()
         except UserError:
-            continue  # a broken record of another run does not spoil this one's report
+            continue  # another run's broken record must not prevent this report
         if other.published and other.started_at < record.started_at:
             found.append((path.parent.name, other))
     return max(found, key=lambda named: named[1].started_at, default=None)
@@ -101,7 +101,7 @@ def previous_run(run: RunFolder, record: RunRecord) -> tuple[str, RunRecord] | N
 def _overview(record: RunRecord) -> str:
     training = record.training
     if not training:
-        return f"Training of `{record.config.base_model}` under way or stopped: no final figures yet."
+        return f"Training of `{record.config.base_model}` is unfinished: no final figures yet."
     text = (
         f"`{record.config.base_model}`, LoRA-trained for {training.steps} steps on "
         f"{record.data.statistics.training_examples} examples: the training loss went from "
@@ -115,7 +115,7 @@ def _overview(record: RunRecord) -> str:
 
 
 def _figures(record: RunRecord, before: tuple[str, RunRecord] | None) -> str:
-    """A table of this run's figures beside those of the run before."""
+    """A table of the figures of this run and of the previous one."""
     earlier = _figure_values(before[1]) if before else {}
     head = f"| | this run | {before[0]} |\n|---|---|---|" if before else "| | this run |\n|---|---|"
     rows = [
@@ -163,7 +163,7 @@ def _tests(report: AnswersReport | None) -> str:
 
 
 def mark(output: str, position: int | None) -> str:
-    """What a model said, with the character marked at which it stops being valid."""
+    """A model's output with a mark before its first invalid character."""
     return output if position is None else f"{output[:position]}{STOPS_HERE}{output[position:]}"
 
 
@@ -204,7 +204,7 @@ def _cell(text: str) -> str:
 
 
 def _verbatim(text: str) -> str:
-    """Text in a fence that is longer than any row of backticks in it."""
+    """Text in a code fence longer than any row of backticks in it."""
     longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"

@@ -1,1 +1,1 @@
-"""The loss of one step, and the run of all."""
+"""Training: the loss and gradients of a step, and the run of all steps."""

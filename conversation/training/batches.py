@@ -1,4 +1,4 @@
-"""The order of the examples: the same for one process and for several, and after a resume."""
+"""The order of the examples. It is the same for one process and for several, and after a resume."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class OptimizerStepBatches(Sampler[list[int]]):
-    """The examples of each optimizer step, shuffled anew each epoch: this process's share of them.
+    """This process's share of the examples of each optimizer step, shuffled anew each epoch.
 
-    Step k of an epoch holds the same examples however many processes divide them, so that two processes with half the
-    examples each train what one process trains. A process's share of an epoch's last step may be smaller, or empty.
+    Step k of an epoch has the same examples for any number of processes: two with half the examples each train what one
+    trains. A process's share of an epoch's last step may be smaller, or empty.
     """
 
     def __init__(self, num_examples: int, per_process: int, seed: int, process: int = 0, processes: int = 1):
@@ -34,7 +34,8 @@ class OptimizerStepBatches(Sampler[list[int]]):
 
 
 class EpochDataLoader(DataLoader):
-    """Tells its batches the epoch; the Trainer calls `set_epoch` where it exists."""
+    """Passes the epoch to its batches. The Trainer calls `set_epoch` if it exists."""
 
     def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, OptimizerStepBatches)
         self.batch_sampler.set_epoch(epoch)

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: hashed when they are written, verified before they are used."""
+"""Checkpoints: hashed when written, verified before use."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ CHECKPOINT_HASHES = "hashes.json"
 
 
 def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exception:
-    """A full disk or exhausted memory as a UserError; anything else is a defect of ours and stays as it is.
+    """The UserError for a full disk or exhausted memory. Any other error is a defect of ours and is returned as it is.
 
-    `needed_bytes` is the size of what may have been written.
+    `needed_bytes`: the size of the files that may have been in writing.
     """
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return UserError(
-            f"the memory does not hold one example and its gradients: {text.splitlines()[0]}",
+            f"one example and its gradients do not fit into memory: {text.splitlines()[0]}",
             "close other programs, or lower --max_length",
             TRIED_AND_FAILED,
         )
-    number = re.search(r"os error (\d+)", text)  # safetensors; torch.save does not say the cause
+    number = re.search(r"os error (\d+)", text)  # safetensors; torch.save does not give the cause
     if isinstance(error, OSError) or number or "PytorchStreamWriter" in text or "unexpected pos" in text:
         full = shutil.disk_usage(run.path).free < needed_bytes
         code = int(number[1]) if number else errno.ENOSPC if full else errno.EIO
@@ -47,7 +47,7 @@ def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exc
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Writes the hashes of a checkpoint's files when it is complete; only then are older ones dropped."""
+    """Writes the hashes of a complete checkpoint's files. Only then it removes older checkpoints."""
 
     trainer: ConversationTrainer | None = None
 
@@ -74,21 +74,21 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def finished_state(checkpoint: Path, steps: int) -> TrainerState | None:
-    """The Trainer's state in a checkpoint, if that is the checkpoint of the last of so many steps or of a later one."""
+    """The Trainer's state in a checkpoint saved after at least `steps` steps; None for an earlier one."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return state if state.global_step >= steps else None
 
 
 def remove_unfinished_checkpoints(folder: Path) -> None:
-    """Remove what was not written whole: a complete checkpoint has its hashes."""
+    """Remove incomplete checkpoints, those without hashes."""
     for path in folder.glob("checkpoint-*"):
         if not (path / CHECKPOINT_HASHES).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written, and why newer ones are not used."""
-    problems = []
+    """The newest checkpoint with no file changed, and why newer ones are not used."""
+    problems: list[str] = []
     for path in checkpoints(folder):
         try:
             hashes = read_json(path / CHECKPOINT_HASHES)
@@ -102,7 +102,7 @@ def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def choose_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one; what is not used is named and, by the first process, removed."""
+    """The checkpoint to resume from, or None. Reports broken newer ones; the first process removes them."""
     checkpoint, problems = newest_intact_checkpoint(folder)
     for problem in problems:
         print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
@@ -113,12 +113,12 @@ def choose_checkpoint(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """The optimizer step after which a checkpoint was saved; 0 where there is none."""
+    """The optimizer step after which a checkpoint was saved; 0 for None."""
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
-def drop_newer_checkpoints(folder: Path, kept: Path | None) -> None:
-    """Remove what was found broken, so that it is neither counted nor resumed from again."""
+def drop_newer_checkpoints(folder: Path, chosen: Path | None) -> None:
+    """Remove the broken checkpoints after the chosen one, so that none is counted or tried again."""
     found = checkpoints(folder)
-    for path in found[: found.index(kept) if kept else None]:
+    for path in found[: found.index(chosen) if chosen else None]:
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""One optimizer step in micro-batches that fit into memory."""
+"""An optimizer step in micro-batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -11,45 +11,37 @@ import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from conversation.training.prefix_tree import TokenSequence, build_prefix_tree, common_prefix_length
 from conversation.training.shared_prefix import find_causal_lm, shared_prefix_loss
 
-# The share of the free memory that the tensors kept for the backward pass may take; the rest is for passing ones.
+# The share of the free memory for tensors saved for the backward pass; the rest is for temporary ones.
 MEMORY_SHARE = 0.6
 
 
 @dataclass
 class TokenBudget:
-    """How many packed tokens one forward and backward pass may hold; shrinks when memory runs out all the same."""
+    """The packed tokens allowed in one forward and backward pass. It shrinks when memory runs out all the same."""
 
     tokens: int
 
     def halve(self, tried: int) -> None:
-        """After a step of `tried` packed tokens ran out of memory: a budget above that did not bind."""
+        """Shrink after a step of `tried` packed tokens ran out of memory. A budget above `tried` did not bind."""
         self.tokens = min(self.tokens, tried) // 2
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one effective batch came to on this process."""
-
-    loss_sum: Tensor  # scalar, nats
-    num_micro_batches: int
 
 
 def backward_in_micro_batches(
     model: nn.Module, sequences: Sequence[TokenSequence], scale: float, budget: TokenBudget
-) -> StepResult:
-    """Adds the gradients of `scale` x (the sum of all label losses) to those of the adapters.
+) -> Tensor:
+    """Add the gradients of `scale` x (the sum of all label losses) to those of the adapters; return that sum in nats.
 
     `scale` is 1 / (labels of the whole effective batch); times the number of processes under DDP, which averages.
-    The examples go through in groups of neighbours in the prefix tree, each filled as far as `budget` allows. A single
-    example that is longer than the budget goes through with activation checkpointing. When memory runs out, the budget
-    is halved and the step starts again from the gradients and random states it found. (A GPU says that it has run out;
-    on a CPU Linux rather ends the process, and the budget alone is the protection.) Under DDP the gradients are
-    synchronised once, after all this; a process may have no examples. Raises the error of the last attempt when a
-    single example does not fit.
+    The examples pass in groups of neighbours in the prefix tree, each as large as `budget` allows. A single example
+    longer than the budget passes with activation checkpointing. When memory runs out, the budget is halved and the step
+    starts again from the gradients and random states it found. (A GPU reports that. On a CPU, Linux kills the process
+    instead, and only the budget protects it.) Under DDP the gradients are synchronised once, at the end; a process may
+    have no examples. Raises the error of the last attempt when a single example does not fit.
     """
     sequences = [sequence for sequence in sequences if any(sequence.is_label)]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -59,13 +51,13 @@ def backward_in_micro_batches(
     while True:
         try:
             with _without_synchronisation(model):
-                result = _backward_once(model, sequences, scale, budget.tokens)
+                loss_sum = _backward_once(model, sequences, scale, budget.tokens)
             break
         except RuntimeError as error:
             shortest = min(len(sequence.inputs) for sequence in sequences)
             if not should_reduce_batch_size(error) or budget.tokens < shortest:
-                raise  # below the shortest, every example already goes through alone and checkpointed
-        # Out of the handler, so that the failed pass is no longer referenced and its memory is free.
+                raise  # every example passes alone and checkpointed already
+        # Outside the handler nothing refers to the failed pass, so its memory is free.
         budget.halve(tried=build_prefix_tree(sequences).num_tokens)
         clear_device_cache(garbage_collection=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -74,7 +66,7 @@ def backward_in_micro_batches(
         if random_states[1] is not None:
             torch.cuda.set_rng_state(random_states[1], device)
     _synchronise_gradients(model)
-    return result
+    return loss_sum
 
 
 def split_into_micro_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[TokenSequence]]:
@@ -93,24 +85,24 @@ def split_into_micro_batches(sequences: Sequence[TokenSequence], max_tokens: int
 
 
 def measure_token_budget(model: nn.Module) -> TokenBudget:
-    """The packed tokens that fit into the free memory, from what a short probe makes autograd keep for each token."""
+    """The packed tokens that fit into the free memory, by the bytes per token that autograd saves for a short probe."""
     probe_tokens = 64
     ids = tuple(i % find_causal_lm(model).config.vocab_size for i in range(1, probe_tokens + 2))
     tree = build_prefix_tree([TokenSequence(ids, (False,) + (True,) * probe_tokens)])
-    kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept_bytes = 0
+    seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved_bytes = 0
 
     def count(tensor: Tensor) -> Tensor:
-        nonlocal kept_bytes
+        nonlocal saved_bytes
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in kept:
-            kept.add(storage.data_ptr())
-            kept_bytes += storage.nbytes()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            saved_bytes += storage.nbytes()
         return tensor
 
     devices = [parameter.device for parameter in model.parameters()][:1]
     was_training = model.training
-    model.train()  # dropout keeps masks and copies of its own
+    model.train()  # dropout saves masks and copies of its own
     with (
         torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]),
         _without_synchronisation(model),
@@ -118,7 +110,7 @@ def measure_token_budget(model: nn.Module) -> TokenBudget:
     ):
         shared_prefix_loss(model, tree)
     model.train(was_training)
-    return TokenBudget(max(1, int(MEMORY_SHARE * _free_bytes(devices[0]) / (kept_bytes / probe_tokens))))
+    return TokenBudget(max(1, int(MEMORY_SHARE * _free_bytes(devices[0]) / (saved_bytes / probe_tokens))))
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -130,7 +122,7 @@ def _free_bytes(device: torch.device) -> int:
     return min(free + unused, cap)
 
 
-def _backward_once(model: nn.Module, sequences: Sequence[TokenSequence], scale: float, max_tokens: int) -> StepResult:
+def _backward_once(model: nn.Module, sequences: Sequence[TokenSequence], scale: float, max_tokens: int) -> Tensor:
     trees = [build_prefix_tree(group) for group in split_into_micro_batches(sequences, max_tokens)]
     loss_sum = torch.zeros((), device=find_causal_lm(model).device)
     for tree in trees:
@@ -138,18 +130,18 @@ def _backward_once(model: nn.Module, sequences: Sequence[TokenSequence], scale: 
             loss = shared_prefix_loss(model, tree)
             (loss * scale).backward()
         loss_sum = loss_sum + loss.detach()
-    return StepResult(loss_sum, num_micro_batches=len(trees))
+    return loss_sum
 
 
 @contextlib.contextmanager
 def _activation_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keeps only each layer's input for the backward pass and computes the rest again (about a third more work)."""
+    """Save only each layer's input for the backward pass and recompute the rest (about a third more work)."""
     causal_lm = find_causal_lm(model)
     if not wanted or causal_lm.is_activation_checkpointing:
         yield
         return
     causal_lm.activation_checkpointing_enable({"use_reentrant": False})
-    causal_lm.disable_input_require_grads()  # for reentrant checkpoints; the hook would stay, and cost a gradient
+    causal_lm.disable_input_require_grads()  # its hook, for reentrant checkpoints, would stay and cost a gradient
     try:
         yield
     finally:
@@ -157,15 +149,15 @@ def _activation_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def _without_synchronisation(model: nn.Module) -> contextlib.AbstractContextManager:
-    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _synchronise_gradients(model: nn.Module) -> None:
-    """Lets DDP average the gradients gathered so far, by a pass of one token that adds nothing to them.
+    """Let DDP average the gradients so far, by a pass of one token that adds nothing to them.
 
-    DDP averages during a backward pass. If that were the last micro-batch, a process that runs out of memory in it
-    could not start again: the others would already have its gradients. One token always fits.
+    DDP averages during a backward pass. In the last micro-batch, a process that runs out of memory could not start
+    again: the others would already have its gradients. One token always fits.
     """
-    if hasattr(model, "no_sync"):
+    if isinstance(model, DistributedDataParallel):
         tree = build_prefix_tree([TokenSequence((0, 0), (False, True))])
         (shared_prefix_loss(model, tree) * 0.0).backward()

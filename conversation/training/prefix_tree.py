@@ -1,6 +1,6 @@
 """The prefix tree: the examples of a step, each distinct token-in-its-context once.
 
-Structure only, no model. `shared_prefix` says why the tree gives the gradients of the plain computation.
+Structure only, no model. `shared_prefix` explains why the tree gives the gradients of the plain computation.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Queries per attention tile. Small tiles skip more of the masked triangle, large ones feed the matrix units better.
+# Queries per attention tile. Small tiles skip more of the masked triangle; large ones use the matrix units better.
 TILE_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One training example. `is_label[i]`: predicting token i from those before it counts in the loss."""
+    """One training example. `is_label[i]`: the loss counts the prediction of token i from those before it."""
 
     ids: tuple[int, ...]
     is_label: tuple[bool, ...]
@@ -31,17 +31,16 @@ class TokenSequence:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The tokens that must be computed: all before the last label, which itself is only predicted."""
+        """The tokens to compute: all before the last label, which is only predicted."""
         last_label = max((i for i, label in enumerate(self.is_label) if label), default=0)
         return self.ids[:last_label]
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A run of tokens in which each is the child of the one before it.
+    """A run of packed positions [start, stop) in which each token is the child of the one before it.
 
-    `ancestors` are the packed positions [start, stop) of the tokens above it, from the root down, as few runs as
-    possible; together they are as many tokens as the branch is deep.
+    `ancestors`: the positions of all tokens above it, from the root down, in as few runs [start, stop) as possible.
     """
 
     start: int
@@ -55,7 +54,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Some consecutive queries and all keys that any of them may see; `hidden` [queries, keys] marks the exceptions."""
+    """Consecutive queries, and all keys that any of them may see. `hidden` [queries, keys] marks the exceptions."""
 
     queries: slice
     keys: tuple[slice, ...]
@@ -85,14 +84,14 @@ class PrefixTree:
         return self.input_ids.shape[1]
 
     def tiles(self, window: int | None, device: torch.device) -> list[AttentionTile]:
-        """Which keys each query sees, if it sees itself and the `window` - 1 (None: all) tokens above it."""
+        """The keys of each query, when it sees itself and the `window` - 1 (None: all) tokens above it."""
         if (window, device) not in self._tiles:
             self._tiles[window, device] = list(_attention_tiles(self.branches, window, device))
         return self._tiles[window, device]
 
 
 def build_prefix_tree(sequences: Sequence[TokenSequence]) -> PrefixTree:
-    """Lays the examples into one tree; their order does not matter. Raises ValueError if none has a label."""
+    """Build the tree of the examples, whose order does not matter. Raises ValueError if none has a label."""
     input_ids: list[int] = []
     position_ids: list[int] = []
     branches: list[Branch] = []
@@ -101,7 +100,7 @@ def build_prefix_tree(sequences: Sequence[TokenSequence]) -> PrefixTree:
     previous: tuple[int, ...] = ()
     path: list[int] = []  # packed positions of the tokens of `previous`
     for sequence in sorted(sequences, key=lambda sequence: sequence.inputs):
-        # In sorted order no earlier example shares more with this one than its neighbour does.
+        # In sorted order, no earlier example shares a longer prefix with this one than its neighbour.
         inputs = sequence.inputs
         shared = common_prefix_length(previous, inputs)
         start, stop = len(input_ids), len(input_ids) + len(inputs) - shared
@@ -135,7 +134,7 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _runs(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Rising positions as runs [start, stop)."""
+    """Ascending positions as runs [start, stop)."""
     starts = [i for i in range(len(positions)) if i == 0 or positions[i] != positions[i - 1] + 1]
     stops = [*starts[1:], len(positions)] if starts else []
     return tuple((positions[start], positions[stop - 1] + 1) for start, stop in zip(starts, stops, strict=True))
@@ -158,6 +157,6 @@ def _attention_tiles(branches: Sequence[Branch], window: int | None, device: tor
 
 
 def _skip(runs: Sequence[tuple[int, int]], tokens: int) -> tuple[slice, ...]:
-    """What is left of the runs without their first `tokens` tokens; neighbouring runs become one."""
+    """The runs without their first `tokens` tokens; adjacent runs become one."""
     positions = [position for start, stop in runs for position in range(start, stop)][tokens:]
     return tuple(slice(start, stop) for start, stop in _runs(positions))

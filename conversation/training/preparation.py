@@ -1,4 +1,4 @@
-"""Everything that training needs, read and checked before anything is made."""
+"""The inputs of a training, read and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from conversation_config import DATA_SETS, KEPT_CHECKPOINTS, PROJECT, TrainingCo
 
 @dataclass(frozen=True)
 class Prepared:
-    """The settings of a training, and what they name: data, base model, token ids."""
+    """The checked inputs of a training: settings, data, base model, token ids."""
 
     config: TrainingConfig
     base_folder: Path
@@ -72,7 +72,7 @@ class Prepared:
         )
 
     def record(self) -> RunRecord:
-        """The record of a run that begins with this."""
+        """The record of a new run with these inputs."""
         return RunRecord(
             started=now(),
             config=self.config,
@@ -89,7 +89,7 @@ class Prepared:
 
 
 def prepare(config: TrainingConfig) -> Prepared:
-    """Read and check data, base model and tokenizer. Raises UserError; changes nothing on disk but the model cache."""
+    """Read and check data, base model and tokenizer. Raises UserError. On disk only the model cache may change."""
     examples = read_training_data(data_paths(config), config.domain_names)
     base_folder = find_base_model(config.base_model)
     _, encoded, audited = audit(base_folder, examples)
@@ -125,9 +125,9 @@ def data_paths(config: TrainingConfig) -> tuple[Path, ...]:
 
 
 def check_space_for(prepared: Prepared, folder: Path, to_be_freed: int = 0) -> None:
-    """Raises UserError when the disk of `folder` has no space for what training leaves, and the merged model after it.
+    """Raises UserError when the disk of `folder` has no space for the training and the merged model.
 
-    `to_be_freed`: bytes that will be removed from that disk before.
+    `to_be_freed`: bytes that are removed from that disk first.
     """
     adapters = adapter_bytes(prepared.base_folder, prepared.config.lora_r)
     checkpoint = 3 * adapters + 100_000  # weights and AdamW's two moments; the rest is small

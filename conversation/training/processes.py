@@ -1,4 +1,4 @@
-"""Several processes that train one run: the first of them decides for all."""
+"""Several processes that train one run. The first decides for all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def decided_by_first(value: str) -> str:
-    """The value that the first of the processes has. Each would pick a run folder of its own otherwise."""
+    """The value of the first process. Otherwise each would choose its own run folder."""
     if number_of_processes() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -21,7 +21,7 @@ def decided_by_first(value: str) -> str:
 
 
 def wait_for_first() -> None:
-    """Wait until the first of the processes has come here, too."""
+    """Wait until every process, the first included, has reached this point."""
     if number_of_processes() > 1:
         _connect().wait_for_everyone()
 

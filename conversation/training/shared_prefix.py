@@ -1,37 +1,36 @@
 """The loss of one training step, each shared token computed once.
 
-The examples of a step repeat each other: every one opens with the same developer turn, and those of one conversation
-tree also share their history. This module lays a step's examples into one prefix tree (a trie of token ids), sends each
-distinct token-in-its-context through the model once, as a single unpadded sequence, and counts every label as often as
+The examples of a step repeat each other: all begin with the same developer turn, and those of one conversation tree
+also share their history. This module puts a step's examples into one prefix tree (a trie of token ids). Each distinct
+token-in-its-context passes through the model once, in a single unpadded sequence. Every label counts as often as
 examples have it:
 
     tree = build_prefix_tree(sequences)          # structure only, no model
     loss = shared_prefix_loss(model, tree)       # the sum of all label losses, in nats
     (loss / num_labels).backward()               # the gradients of the plain computation
 
-Shared: everything a token's computation consists of in a decoder (embedding, projections, norms, MLP, keys, values, its
-attention output, its logits) for tokens with equal ids all the way from the start of their examples.
-Not shared: anything after the first difference. No token is computed only because a longer example stands beside it
-(there is no padding), and none after an example's last label, since it could change no loss.
+Shared: the whole computation of a token in a decoder (embedding, projections, norms, MLP, keys, values, attention
+output, logits), for tokens with equal ids from the start of their examples.
+Not shared: anything after the first difference. There is no padding, and no token after an example's last label is
+computed, since it could change no loss.
 
-Why the gradients are the same: in a causal decoder a token's hidden state is a function of the token ids from the start
-up to it. Two examples with an equal prefix therefore compute the same numbers there, and the sum of the losses is the
-same function of the adapters, whether such a number is computed twice or once and used twice; so its gradient is the
-same too (by the chain rule the gradients of all uses are added, just as the gradients of the copies would be). Two
-places need care, as everything else acts on single tokens: attention, which here sees for each token exactly its
-ancestors in the tree within the layer's sliding window; and rotary positions, which are the depth in the tree.
+Why the gradients are the same: in a causal decoder, a token's hidden state is a function of the token ids up to it. Two
+examples with an equal prefix therefore compute the same numbers there. Computed twice, or once and used twice, they
+give the same sum of losses as a function of the adapters, and so the same gradient (the chain rule adds the gradients
+of all uses, as it would those of the copies). Everything acts on single tokens, except in two places: attention, which
+sees for each token exactly its ancestors in the tree within the layer's sliding window; and rotary positions, which are
+the depth in the tree.
 
-LoRA dropout: its masks are drawn per computed token, so a shared token has one mask, where the plain computation would
-draw one for each example that contains it. The expected gradient is that of the plain computation; within a step the
-noise of a shared prefix is the same for all examples that share it. Other micro-batches, or other processes, draw other
-masks: "the same result" is meant up to that.
+LoRA dropout draws its masks per computed token. A shared token has one mask; the plain computation would draw one for
+each example with that token. The expected gradient is the same; within a step, examples that share a prefix share its
+noise. Other micro-batches and other processes draw other masks: "the same result" means up to that.
 
 The head is the other half of the work (Gemma's vocabulary has 262,144 entries). It runs only on tokens that predict a
 label, over blocks of the vocabulary with a running softmax (as flash attention does over keys: Milakov & Gimelshein
-2018, Dao et al. 2022), and forms the gradient of the hidden states in the same pass. No logits are kept, none are
-computed twice, and a block of them has a fixed size. The normaliser is summed block by block, so it is also more exact
-than torch's: on a CPU, torch 2.13's FP32 cross entropy sums the 262,144 exponentials one after the other and loses up
-to 7e-5 of them, which shows as 1e-4 to 5e-4 in the gradients (benchmarks/README.md).
+2018, Dao et al. 2022), and forms the gradient of the hidden states in the same pass. No logits are saved or computed
+twice, and a block of them has a fixed size. The normaliser is summed block by block, so it is also more exact than
+torch's: on a CPU, torch 2.13's FP32 cross entropy sums the 262,144 exponentials one after the other and loses up to
+7e-5 of them, which shows as 1e-4 to 5e-4 in the gradients (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ from conversation.training.vocabulary_loss import SummedCrossEntropy
 
 
 def use_shared_prefix_attention(model: nn.Module) -> None:
-    """Prepares a causal language model for `shared_prefix_loss`; call it once, before the model is wrapped for DDP.
+    """Prepare a causal language model for `shared_prefix_loss`. Call it once, before the model is wrapped for DDP.
 
-    Generation and every other use of the model go on as with sdpa. Raises ValueError for a model whose loss this module
-    would not compute rightly: by its configuration, or because two short examples come out otherwise than alone.
+    Generation and every other use of the model work as with sdpa. Raises ValueError for a model whose loss this module
+    would not compute correctly: by its configuration, or by a comparison on two short examples.
     """
     causal_lm = find_causal_lm(model)
     name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
@@ -65,9 +64,9 @@ def use_shared_prefix_attention(model: nn.Module) -> None:
 
 
 def shared_prefix_loss(model: nn.Module, tree: PrefixTree) -> Tensor:
-    """The sum, in nats, of the cross entropy of every label of every example; a scalar that can be differentiated.
+    """The sum, in nats, of the cross entropy of every label of every example: a differentiable scalar.
 
-    `model`: the outermost module (PeftModel, DistributedDataParallel, ...): its own forward is run. Divide by the label
+    `model`: the outermost module (PeftModel, DistributedDataParallel, ...), whose own forward runs. Divide by the label
     count of the whole effective batch before the backward pass. Under `torch.no_grad()` the head skips the gradient.
     """
     causal_lm = find_causal_lm(model)
@@ -85,19 +84,19 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def _hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
-    """What the decoder hands to the head for each packed token, [T, width].
+    """The decoder's output for each packed token, [T, width].
 
-    The forward of the outermost module runs, so that wrappers do their work; it is asked for the logits of no token.
+    The forward of the outermost module runs, so that wrappers do their work. It computes the logits of no token.
     """
     causal_lm = find_causal_lm(model)
-    device = causal_lm.get_input_embeddings().weight.device
+    device = next(causal_lm.get_input_embeddings().parameters()).device
     captured: list[Tensor] = []
     hook = causal_lm.get_decoder().register_forward_hook(lambda module, args, output: captured.append(output[0]))
     try:
         model(
             input_ids=tree.input_ids.to(device),
             position_ids=tree.position_ids.to(device),
-            # A mask with four dimensions is handed through as it is: no mask of T x T is built. The tree is the mask.
+            # A mask with four dimensions is passed on as it is, and no T x T mask is built. The tree is the mask.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             prefix_tree=tree,
             logits_to_keep=torch.empty(0, dtype=torch.long, device=device),
@@ -110,7 +109,7 @@ def _hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
 
 @torch.no_grad()
 def _check_against_plain_forward(model: nn.Module, name: str) -> None:
-    """Compares two short examples, computed as a tree, with the model's ordinary forward on each of them."""
+    """Compare two short examples, computed as a tree, with the model's ordinary forward on each."""
     causal_lm = find_causal_lm(model)
     ids = torch.arange(1, 25) % causal_lm.config.vocab_size
     examples = [ids[:12], torch.cat([ids[:6], ids[12:]])]
@@ -119,7 +118,7 @@ def _check_against_plain_forward(model: nn.Module, name: str) -> None:
     model.eval()
     try:
         ours = shared_prefix_loss(model, tree)
-        plain = 0.0
+        plain = torch.zeros_like(ours)
         for example in examples:
             example = example.to(ours.device)
             logits = model(input_ids=example[None], use_cache=False).logits[0, :-1]

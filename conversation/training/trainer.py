@@ -1,9 +1,9 @@
-"""LoRA training in FP32: transformers' Trainer around the shared-prefix step, with checkpoints that can be trusted.
+"""LoRA training in FP32: transformers' Trainer around the shared-prefix step.
 
-What is ours, and why:
-- the step: the examples of an optimizer step go through `shared_prefix` together, so the Trainer sees one batch per
+Our parts:
+- the step: the examples of an optimizer step pass through `shared_prefix` together, so the Trainer sees one batch per
   optimizer step and process; the loss is normalised by the label tokens of the whole effective batch;
-- the order of the examples (`batches`), checkpoints (`checkpoints`), and what stops a training (`watch`).
+- the order of the examples (`batches`), checkpoints (`checkpoints`), progress, signals and bad numbers (`watch`).
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ HELD_OUT_TOKENS = 4096  # packed tokens per pass over held-out examples
 
 
 class Interrupted(UserError):
-    """A signal stopped the training; a checkpoint of the last step was saved."""
+    """A signal stopped the training. A checkpoint of the last step is saved."""
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The encoded examples of a run, and the questions they ask, to name them when something goes wrong."""
+    """The encoded examples of a run, and the training questions, which name them in errors."""
 
     training: Sequence[TokenSequence]
     held_out: Sequence[TokenSequence]
@@ -67,7 +67,7 @@ class TrainingSet:
 
 
 def token_sequence(encoded: EncodedExample, loss_on: str) -> TokenSequence:
-    """The ids of an example, with the tokens marked that the loss counts: the answer's, or all but the first."""
+    """The ids of an example, with the label tokens marked: the answer's, or all but the first."""
     first_label = encoded.num_prompt_tokens if loss_on == "completion" else 1
     return TokenSequence(encoded.ids, tuple(i >= first_label for i in range(len(encoded.ids))))
 
@@ -75,7 +75,7 @@ def token_sequence(encoded: EncodedExample, loss_on: str) -> TokenSequence:
 def build_trainable_model(base_folder: Path, config: TrainingConfig) -> PeftModel:
     """The base model with fresh adapters, ready for the shared-prefix step.
 
-    Raises UserError when the base cannot be loaded, or its architecture does not allow that step.
+    Raises UserError when the base cannot be loaded, or its architecture does not support that step.
     """
     base = load_model(base_folder)
     set_seed(config.seed)
@@ -95,9 +95,9 @@ def train_adapters(
 ) -> TrainingResult:
     """Train a model's adapters and leave them in the run's `final_lora`.
 
-    `model` is what `build_trainable_model` made. `checkpoint`: where to go on, from `newest_intact_checkpoint`; None
-    starts anew. Raises Interrupted after a signal; UserError (status 1) when the loss or a gradient is not finite, when
-    the loss explodes, or when the disk is full.
+    `model`: from `build_trainable_model`. `checkpoint`: from `choose_checkpoint`; None starts anew. Raises Interrupted
+    after a signal; UserError (status 1) when the loss or a gradient is not finite, when the loss explodes, or when the
+    disk is full.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     progress, saving, explosion = Progress(run), CheckpointKeeper(), ExplosionGuard()
@@ -107,7 +107,7 @@ def train_adapters(
         if checkpoint and (
             state := finished_state(checkpoint, config.steps(len(data.training), trainer.args.world_size))
         ):
-            trainer._load_from_checkpoint(str(checkpoint))  # no step is left, but what follows the last one may be
+            trainer._load_from_checkpoint(str(checkpoint))  # no step is left, but the work after the last one may be
             trainer.state = state
             progress.write_metrics(state)
         else:
@@ -145,11 +145,11 @@ def train_adapters(
 
 
 def _save_final(model: PeftModel, run: RunFolder) -> None:
-    """Save the adapters under their final name, all at once."""
+    """Save the adapters, whole, under their final name."""
     part = run.checkpoints / ".final_lora.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(part, save_embedding_layers=False)
+        model.save_pretrained(str(part), save_embedding_layers=False)
         replace_folder(part, run.final_lora)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -157,14 +157,18 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held so far: on the GPU where there is one, else resident memory."""
+    """The peak memory of this process: of the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return peak_memory_bytes() / 1e9
 
 
 class ConversationTrainer(Trainer):
-    """The Trainer, fed with whole optimizer steps: lists of (index, TokenSequence)."""
+    """The Trainer with whole optimizer steps as batches: lists of (index, TokenSequence)."""
+
+    model: PeftModel
+    train_dataset: Any  # list[tuple[int, TokenSequence]]; torch's annotations want a Dataset
+    eval_dataset: list[TokenSequence]
 
     def __init__(
         self,
@@ -177,7 +181,7 @@ class ConversationTrainer(Trainer):
         arguments = TrainingArguments(
             output_dir=str(run.checkpoints),
             per_device_train_batch_size=config.examples_per_step,
-            gradient_accumulation_steps=1,  # `examples_per_step` holds the accumulation
+            gradient_accumulation_steps=1,  # `examples_per_step` includes the accumulation
             num_train_epochs=config.num_train_epochs,
             max_steps=config.max_steps,
             learning_rate=config.learning_rate,
@@ -189,14 +193,14 @@ class ConversationTrainer(Trainer):
             logging_nan_inf_filter=False,
             save_strategy="steps",
             save_steps=config.save_steps,
-            save_total_limit=None,  # `CheckpointKeeper` keeps the newest by step; the Trainer would go by the clock
+            save_total_limit=None,  # `CheckpointKeeper` removes the oldest by step; the Trainer would go by the clock
             eval_strategy="epoch" if data.held_out else "no",
             seed=config.seed,
             bf16=False,
             fp16=False,
             tf32=False if torch.cuda.is_available() else None,
             use_cpu=training_device() == "cpu",
-            ddp_broadcast_buffers=False,  # a process that starts its step again must not wait for the others
+            ddp_broadcast_buffers=False,  # a process that repeats its step must not wait for the others
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -208,20 +212,20 @@ class ConversationTrainer(Trainer):
             args=arguments,
             train_dataset=list(enumerate(data.training)),
             eval_dataset=list(data.held_out),
-            data_collator=list,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self._data = data
+        self._data, self._checkpoints = data, run.checkpoints
         self._budget: TokenBudget | None = None
-        self._made, self._clock = time.monotonic(), None
+        self._made = time.monotonic()
+        self._clock: float | None = None
         self.step_loss = math.nan
         self.step_questions: list[str] = []
 
     @property
     def budget(self) -> TokenBudget:
-        """The packed tokens that fit into memory, measured at the first step."""
+        """The packed tokens that fit into memory, measured on first use."""
         if self._budget is None:
             with torch.enable_grad():
                 self._budget = measure_token_budget(self.model)
@@ -237,19 +241,18 @@ class ConversationTrainer(Trainer):
         )
         return EpochDataLoader(self.train_dataset, batch_sampler=batches, collate_fn=list)
 
-    def training_step(self, model: torch.nn.Module, inputs: list, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss and gradients of this process's part of one optimizer step.
 
-        Returns the loss in nats per label token of the whole effective batch, as this process's share times the number
-        of processes, so that the Trainer's mean over processes is the loss.
+        Returns this process's share of the loss (nats per label token of the whole effective batch) times the number of
+        processes: the Trainer's mean over processes is the loss.
         """
         model.train()
         sequences = [sequence for _, sequence in inputs]
         labels = torch.tensor(sum(sum(sequence.is_label) for sequence in sequences), device=self.args.device)
         labels = self.accelerator.reduce(labels, "sum").item()
         scale = self.args.world_size / labels
-        result = backward_in_micro_batches(model, sequences, scale, self.budget)
-        loss = result.loss_sum * scale
+        loss = backward_in_micro_batches(model, sequences, scale, self.budget) * scale
         total = self.accelerator.reduce(loss.clone(), "mean").item()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -260,9 +263,9 @@ class ConversationTrainer(Trainer):
         return loss
 
     def bad_numbers(self, problem: str) -> UserError:
-        """The error for a training that went wrong at the step under way, with its examples and what is left of it."""
+        """The error for bad numbers at the current step, with its examples and the last good checkpoint."""
         questions = ", ".join(map(repr, self.step_questions))
-        saved = newest_intact_checkpoint(Path(self.args.output_dir))[0]
+        saved = newest_intact_checkpoint(self._checkpoints)[0]
         return UserError(
             f"{problem}; the examples of this step ask: {questions}" if questions else problem,
             (f"the last good checkpoint is {saved.name}; " if saved else "")
@@ -272,7 +275,7 @@ class ConversationTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The held-out loss in nats per label token, over neighbours in the prefix tree; logged as `eval_loss`."""
+        """The held-out loss in nats per label token, computed in groups of tree neighbours; logged as `eval_loss`."""
         if not self.eval_dataset:
             return {}
         started = time.monotonic()
@@ -295,7 +298,7 @@ class ConversationTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log with the seconds that training has taken, those before a resume included."""
+        """Log with the seconds of training so far, those before a resume included."""
         now = time.monotonic()
         if self._clock is None:
             before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
@@ -303,9 +306,9 @@ class ConversationTrainer(Trainer):
         super().log({**logs, "seconds": round(now - self._clock, 1)}, *args, **kwargs)
 
     def metric_at_end(self, name: str) -> float | None:
-        """A metric that was logged after the last step, or None."""
+        """A metric logged after the last step, or None."""
         logged = [e[name] for e in self.state.log_history if name in e and e["step"] == self.state.global_step]
         return logged[-1] if logged else None
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # the Trainer's estimate is for padded batches
+        return 0  # the Trainer's estimate assumes padded batches

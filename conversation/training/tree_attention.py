@@ -1,6 +1,6 @@
 """Attention along the prefix tree: each token sees its ancestors within the layer's window, and itself.
 
-Written out with matrix products: flex_attention has no backward pass on a CPU (torch 2.13).
+Written as matrix products: flex_attention has no backward pass on a CPU (torch 2.13).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ATTENTION_NAME = "shared_prefix"
 class _TreeAttention(torch.autograd.Function):
     """softmax(q kᵀ) v of each token over its ancestors and itself, tile by tile.
 
-    Nothing of the size queries x keys is kept for the backward pass: as in flash attention (Dao et al. 2022, section
-    3.1 and appendix B) the probabilities are formed again from the logarithm of their normaliser. Query heads that
-    share a key head are rows of one matrix product, so that keys and values are never repeated.
+    Nothing of size queries x keys is saved for the backward pass. As in flash attention (Dao et al. 2022, section 3.1
+    and appendix B), it recomputes the probabilities from the logarithm of their normaliser. Query heads with the same
+    key head are rows of one matrix product, so keys and values are never repeated.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _tile_scores(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
-    """[key heads, queries x group, keys], minus infinity where a query must not see a key."""
+    """[key heads, queries x group, keys]: minus infinity where a key is hidden from a query."""
     scores = _by_head(query) @ key.transpose(1, 2)
     by_query = scores.view(scores.shape[0], *query.shape[0:3:2], scores.shape[2])
     by_query.masked_fill_(hidden[:, None, :], float("-inf"))
@@ -69,7 +69,7 @@ def _tile_scores(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _by_head(tokens: Tensor) -> Tensor:
-    """[tokens, key heads, group, dim] -> [key heads, tokens x group, dim]; no copy where there is one key head."""
+    """[tokens, key heads, group, dim] -> [key heads, tokens x group, dim]; no copy for a single key head."""
     return tokens.transpose(0, 1).reshape(tokens.shape[1], -1, tokens.shape[3])
 
 
@@ -100,7 +100,7 @@ def _shared_prefix_attention(
     prefix_tree: PrefixTree | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """The attention function that models call (transformers' AttentionInterface); without a tree, plain sdpa.
+    """The attention function for transformers' AttentionInterface. Without a tree it is plain sdpa.
 
     query [1, heads, T, dim], key and value [1, key heads, T, dim] -> [1, T, heads, dim]
     """
@@ -110,7 +110,7 @@ def _shared_prefix_attention(
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if dropout or unknown or not getattr(module, "is_causal", True):
         reason = "attention dropout" if dropout else ", ".join(unknown) or "attention to later tokens"
-        raise ValueError(f"the shared-prefix step does not know {reason} ({type(module).__name__})")
+        raise ValueError(f"the shared-prefix step does not support {reason} ({type(module).__name__})")
     _, heads, tokens, dim = query.shape
     scaled = query * (dim**-0.5 if scaling is None else scaling)
     grouped = scaled[0].transpose(0, 1).unflatten(1, (key.shape[1], heads // key.shape[1]))

@@ -1,4 +1,4 @@
-"""The head and its loss: cross entropy over the vocabulary, block by block, with the gradient in the same pass."""
+"""The head and its loss: cross entropy over the vocabulary in blocks, with the gradient in the same pass."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from conversation.training.prefix_tree import PrefixTree
 
-# The head's block of logits [label tokens, vocabulary entries]: small, for a CPU's caches; larger, to fill a GPU.
+# A block of logits [label tokens, vocabulary entries]: small for a CPU's caches, larger to fill a GPU.
 CPU_HEAD_BLOCK_BYTES, GPU_HEAD_BLOCK_BYTES = 8 * 2**20, 64 * 2**20
 HEAD_BLOCK_ROWS = 4096
-# A row takes no part in the gradient of a block of the vocabulary that holds less of its probability than this, in
-# units of the type's rounding error.
+# A row skips the gradient of a block of the vocabulary with less of its probability than this, in units of the type's
+# rounding error.
 NEGLIGIBLE_ROUNDINGS = 1 / 64
-# Above this share of rows that take part, all do: gathering them would cost more than it saves.
+# Above this share of rows that take part, all do: to gather them would cost more than it saves.
 MOST_ROWS = 0.8
-# Exponentials are taken of logits minus a shift that is raised when one would exceed e^this: well within FP32's range.
+# Exponentials are of logits minus a shift. It rises when one would exceed e^this, which is well within FP32's range.
 LARGEST_EXPONENT = 30
 
 
@@ -23,14 +23,14 @@ class SummedCrossEntropy(torch.autograd.Function):
     """sum of weight x (logsumexp of the row's logits - the label's logit), with the gradient of the hidden states.
 
     Its gradient for a row is (the row's weights summed) x softmax(logits) @ head - sum of weight x head[label]. The
-    first term is an attention over the vocabulary with the head as keys and values, and is computed like one: block by
-    block, rescaling what was summed when a logit is much larger than those before.
+    first term is an attention over the vocabulary, with the head as keys and values, and is computed like one: block by
+    block, with the sums rescaled when a logit is much larger than those before.
 
-    A model that has learnt the form is sure of most tokens, and almost all of its probability lies in few blocks. The
-    product with the other blocks, half of the head's work, is left out for a row that has no more than
-    NEGLIGIBLE_ROUNDINGS roundings of its probability there; the normaliser always counts all. With B blocks a row's
-    gradient, a difference of head rows, is off by at most B * NEGLIGIBLE_ROUNDINGS roundings of the largest head row:
-    in FP32 with 200 blocks by about three. (A row surer than that has no gradient to speak of, and may lose it.)
+    A model that has learnt the form is sure of most tokens: almost all of its probability is in few blocks. A row skips
+    the product with a block, half of the head's work, when no more than NEGLIGIBLE_ROUNDINGS roundings of its
+    probability are there; the normaliser always counts all. With B blocks a row's gradient, a difference of head rows,
+    is off by at most B * NEGLIGIBLE_ROUNDINGS roundings of the largest head row: in FP32 with 200 blocks by about
+    three. (A row surer than that has almost no gradient, and may lose it.)
     """
 
     @staticmethod
@@ -57,11 +57,11 @@ class SummedCrossEntropy(torch.autograd.Function):
             log_normaliser[block], mean = _softmax_over_vocabulary(
                 hidden[block], head, softcap, largest_label[block], needs_gradient
             )
-            if needs_gradient:
+            if mean_head is not None and mean is not None:
                 mean_head[block] = mean
         loss = (weights * (log_normaliser[rows] - label_logits)).sum()
 
-        if needs_gradient:
+        if mean_head is not None:
             row_weights = torch.zeros_like(log_normaliser).index_add_(0, rows, weights)
             gradient = mean_head.mul_(row_weights[:, None])
             gradient.index_add_(0, rows, label_heads * (weights * label_slopes)[:, None], alpha=-1)
@@ -77,17 +77,17 @@ class SummedCrossEntropy(torch.autograd.Function):
 def _softmax_over_vocabulary(
     hidden: Tensor, head: Tensor, softcap: float | None, label_logits: Tensor, with_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """logsumexp of each row's logits [rows] and, if asked for, the gradient of it [rows, width].
+    """logsumexp of each row's logits [rows] and, if `with_mean`, its gradient [rows, width].
 
-    `label_logits` [rows]: one of each row's logits, from which its sum of exponentials is at least known to be 1.
+    `label_logits` [rows]: one of each row's logits. With it as the first shift, a sum of exponentials is at least 1.
     """
     block_bytes = CPU_HEAD_BLOCK_BYTES if hidden.device.type == "cpu" else GPU_HEAD_BLOCK_BYTES
     block_size = min(len(head), max(1, block_bytes // (len(hidden) * hidden.element_size())))
     negligible = NEGLIGIBLE_ROUNDINGS * torch.finfo(hidden.dtype).eps
     shift = label_logits[:, None].clone()
-    least, total = torch.ones_like(shift), torch.zeros_like(shift)  # what the sum comes to at least, and up to here
+    least, total = torch.ones_like(shift), torch.zeros_like(shift)  # lower bound of the sum; the sum so far
     mean = torch.zeros_like(hidden) if with_mean else None
-    buffer = hidden.new_empty(block_size * len(hidden))  # one for all blocks: fresh memory would have to be mapped
+    buffer = hidden.new_empty(block_size * len(hidden))  # one for all blocks: new memory would have to be mapped
     for head_block in head.split(block_size):
         logits = buffer[: len(head_block) * len(hidden)].view(len(hidden), len(head_block))
         torch.mm(hidden, head_block.T, out=logits)
@@ -98,13 +98,13 @@ def _softmax_over_vocabulary(
             higher = torch.maximum(maximum, shift)
             shrink = (shift - higher).exp_()
             shift, least, total = higher, least * shrink, total * shrink
-            if with_mean:
+            if mean is not None:
                 mean.mul_(shrink)
-        slopes = None if softcap is None or not with_mean else 1 - (logits / softcap) ** 2
+        slopes = None if softcap is None or mean is None else 1 - (logits / softcap) ** 2
         exponentials = logits.sub_(shift).exp_()
         sums = exponentials.sum(-1, keepdim=True)
         total.add_(sums)
-        if with_mean:
+        if mean is not None:
             counted = (sums > negligible * torch.maximum(least, total)).squeeze(-1).nonzero().squeeze(-1)
             weights = exponentials if slopes is None else exponentials.mul_(slopes)
             if len(counted) > MOST_ROWS * len(hidden):

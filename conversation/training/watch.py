@@ -1,4 +1,4 @@
-"""What watches a training: progress and metrics, signals, losses that are not finite or explode."""
+"""Callbacks of a training: progress and metrics, signals, an exploding loss."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from conversation.training.trainer import ConversationTrainer
 
 EXPLOSION = 1.5
-"""A window whose loss is more than this many times the loss at the start stops the run: adapters that are so much worse
-than none are not worth more time. The loss at the start is the held-out loss before the first step; without held-out
-examples it is the first window's."""
+"""A run stops when the loss of a window exceeds this many times the loss at the start: adapters so much worse than none
+are not worth more time. The loss at the start is the held-out loss before the first step or, without held-out examples,
+that of the first window."""
 
 
 class Progress(TrainerCallback):
-    """The progress bar, metrics.jsonl, and the orderly stop after a signal."""
+    """The progress bar, metrics.jsonl, and the stop after a signal."""
 
     def __init__(self, run: RunFolder):
         self.run = run
@@ -36,7 +36,7 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self.trainer.evaluate()  # where the base model starts
+            self.trainer.evaluate()  # the loss of the base model
         if state.is_world_process_zero:
             self.write_metrics(state)
             self.bar = tqdm(
@@ -52,7 +52,7 @@ class Progress(TrainerCallback):
             self.bar.update()
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last window, however short
-        # All processes stop after the same step, or one would wait for the others in vain.
+        # All processes stop after the same step. Otherwise one would wait for the others forever.
         seen = torch.tensor(self.signal or 0, device=args.device)
         if number := self.trainer.accelerator.gather(seen).max().item():
             self.signal = signal.Signals(number)
@@ -61,7 +61,7 @@ class Progress(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if control.should_training_stop and state.global_step < state.max_steps:
-            control.should_evaluate = False  # who stops a training does not want to wait for the held-out examples
+            control.should_evaluate = False  # a user who stops a training does not want to wait for that
         return control
 
     def on_log(self, args, state, control, **kwargs):
@@ -77,13 +77,13 @@ class Progress(TrainerCallback):
             self.bar.close()
 
     def write_metrics(self, state) -> None:
-        """The Trainer's own record, as a whole: after a resume it holds what led to the checkpoint, and no more."""
+        """Write the Trainer's whole log. After a resume it contains only what led to the checkpoint."""
         lines = [json.dumps(entry) for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
         write_atomically(self.run.metrics, "".join(line + "\n" for line in lines).encode())
 
 
 class ExplosionGuard(TrainerCallback):
-    """Stops a run whose loss explodes: see EXPLOSION."""
+    """Stops a run whose loss explodes (see EXPLOSION)."""
 
     trainer: ConversationTrainer | None = None
 
@@ -101,7 +101,7 @@ class ExplosionGuard(TrainerCallback):
 
 @contextlib.contextmanager
 def heed_signals(progress: Progress) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal end the training after the step under way."""
+    """Let Ctrl-C, SIGTERM and a closed terminal stop the training after the current step."""
 
     def note(number: int, frame: Any) -> None:
         if progress.signal is None:
@@ -109,7 +109,7 @@ def heed_signals(progress: Progress) -> Iterator[None]:
         progress.signal = signal.Signals(number)
 
     heeded = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed; `nohup` ignores that
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # SIGHUP: a closed terminal; `nohup` ignores it
         heeded.append(signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in heeded}
     try:

@@ -43,7 +43,7 @@ def test_prose_fails_at_its_first_character(loaded):
 
 
 def test_control_tokens_in_ordinary_letters_fail(loaded):
-    verdict = judge(CASE, loaded, tokenizer.encode(loaded, [str(piece) for piece in map(str, GOOD.pieces())]))
+    verdict = judge(CASE, loaded, tokenizer.encode(loaded, [str(piece) for piece in GOOD.pieces()]))
     assert verdict.output == GOOD.text and not verdict.passed and "spelled out" in verdict.problem
 
 

@@ -1,4 +1,4 @@
-"""The text format: what is rendered parses back, and what does not parse says where it stops."""
+"""The text format: rendered text parses back; invalid text is refused with its position."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_one_to_four_texts_are_valid(texts):
 
 
 @pytest.mark.parametrize("confidence", ["0", "1", "0.80", "1.0", ".5", "1e-1", "0.123456789"])
-def test_any_way_to_write_a_confidence_is_kept(confidence):
+def test_a_confidence_is_rendered_as_it_was_written(confidence):
     text = text_call() + 3 * choice_call(confidence=confidence) + END_OF_TURN
     assert parse_answer(text).text == text
 
@@ -59,7 +59,7 @@ def test_any_way_to_write_a_confidence_is_kept(confidence):
 @pytest.mark.parametrize(
     "content", ["a < b", "<b>bold</b>", "{ P } C { Q }", "x}", "call:add_text{", "a\nb", "é 日本 😀", "<escap"]
 )
-def test_any_characters_may_stand_in_a_text(content):
+def test_any_characters_may_occur_in_a_text(content):
     text = text_call(content) + 3 * choice_call() + END_OF_TURN
     assert parse_answer(text).fragments == (content,)
 
@@ -120,7 +120,7 @@ def test_the_error_points_at_the_place():
 
 
 @pytest.mark.parametrize("token", CONTROL_TOKENS)
-def test_no_control_token_may_stand_in_an_answer(token):
+def test_no_control_token_may_occur_in_an_answer(token):
     with pytest.raises(FormatError):
         parse_answer(text_call(f"a {token} b") + 3 * choice_call() + END_OF_TURN)
 

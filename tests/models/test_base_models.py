@@ -1,4 +1,4 @@
-"""Base models: a hub cache on disk, local folders, models that lack the tokens, and what is said when there is none."""
+"""Base models: a hub cache on disk, local folders, models without the tokens, and the error for a missing model."""
 
 import json
 import shutil
@@ -89,7 +89,7 @@ def test_a_model_is_given_the_control_tokens(model_without_tokens, tmp_path):
     assert new.norm() == pytest.approx(embeddings.norm(dim=1).median().item(), rel=0.1)
 
 
-def test_an_unprepared_gemma_vocabulary_has_room_for_the_tokens(tmp_path, tiny_folder):
+def test_an_unprepared_gemma_vocabulary_has_unused_ids_for_the_tokens(tmp_path, tiny_folder):
     """The ids that Gemma leaves unused are renamed; nothing grows."""
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     path = folder / "tokenizer.json"
@@ -99,7 +99,7 @@ def test_an_unprepared_gemma_vocabulary_has_room_for_the_tokens(tmp_path, tiny_f
     for token, wanted in FUNCTION_GEMMA_IDS.items():
         if token in FORMAT_TOKENS[:2]:
             continue
-        swap[token] = tokens[wanted]  # whatever stands at Gemma's id makes room for an unused token
+        swap[token] = tokens[wanted]  # the token at Gemma's id gives way to an unused one
         swap[tokens[wanted]] = f"<unused{wanted - 6}>"
     vocabulary = {swap.get(token, token): i for token, i in content["model"]["vocab"].items()}
     content["model"]["vocab"] = vocabulary
@@ -121,7 +121,7 @@ def test_an_unprepared_gemma_vocabulary_has_room_for_the_tokens(tmp_path, tiny_f
         assert given.convert_tokens_to_ids(token) == FUNCTION_GEMMA_IDS[token]
 
 
-def test_room_is_counted_in_fp32_whatever_the_weights_are_stored_in(tmp_path, tiny_folder):
+def test_disk_space_is_counted_in_fp32_whatever_the_weights_are_stored_in(tmp_path, tiny_folder):
     tensors = load_file(tiny_folder / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     assert weights.fp32_bytes(tmp_path) == weights.fp32_bytes(tiny_folder)

@@ -1,4 +1,4 @@
-"""Merging: the folder on disk says what base and adapters say, or it does not get its name."""
+"""Merging: the model on disk answers as base and adapters do, or it does not get its name."""
 
 import json
 import shutil

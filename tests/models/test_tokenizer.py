@@ -1,4 +1,4 @@
-"""Token ids: what is audited, and that each fault the audit is for makes it fail."""
+"""Token ids and their audit. Each fault that the audit is for makes it fail."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_an_answer_that_spells_its_control_tokens_is_found(loaded, own_examples)
     answer = own_examples[0].answer
     ids = tokenizer.encode(loaded, answer.pieces())
     assert tokenizer.spelled_out_token(loaded, ids) is None
-    spelled = tokenizer.encode(loaded, [str.__str__(piece) + "" for piece in map(str, answer.pieces())])
+    spelled = tokenizer.encode(loaded, [str(piece) for piece in answer.pieces()])
     assert tokenizer.decode(loaded, spelled) == answer.text
     assert tokenizer.spelled_out_token(loaded, spelled) == ("<start_function_call>", 0)
     whole, letters = answer.text, "<end_function_call>"
@@ -97,13 +97,14 @@ def test_the_fingerprint_tells_tokenizers_apart(loaded, changed):
         a, b = "▁", "e"
         vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
 
+    same = tokenizer.load_tokenizer(changed(lambda content: None))
     other = tokenizer.load_tokenizer(changed(swap))
-    assert tokenizer.fingerprint(loaded) == tokenizer.fingerprint(loaded)
+    assert tokenizer.fingerprint(same) == tokenizer.fingerprint(loaded)
     assert tokenizer.fingerprint(other) != tokenizer.fingerprint(loaded)
 
 
 def test_another_fingerprint_than_the_expected_one_stops(tiny_folder):
-    with pytest.raises(UserError, match="not the one of the training"):
+    with pytest.raises(UserError, match="is not that of the training"):
         audit.audit(tiny_folder, [], expected_fingerprint="0" * 64)
 
 

@@ -22,11 +22,13 @@ def test_numbers_that_are_not_finite_stop_the_run_at_that_step_by_name(tmp_path,
     run = RunFolder(tmp_path / "run")
     faults = (("bad_numbers_at", call, what),)
     status, output = finished(TRAIN, "--run_dir", run.path, *flags, output=tmp_path / "out", faults=faults)
-    said = re.search(rf"error: the {what} of step {call} is not finite; the examples of this step ask: (.*)", output)
-    assert status == 1 and said, output
-    asked = re.findall(r"""(?:'([^']*)'|"([^"]*)")""", said[1])
+    reported = re.search(
+        rf"error: the {what} of step {call} is not finite; the examples of this step ask: (.*)", output
+    )
+    assert status == 1 and reported, output
+    asked = re.findall(r"""(?:'([^']*)'|"([^"]*)")""", reported[1])
     assert 1 <= len(asked) <= 8 and {a or b for a, b in asked} <= QUESTIONS
-    assert not run.final_lora.exists() and said[0] in run.console_log.read_text()
+    assert not run.final_lora.exists() and reported[0] in run.console_log.read_text()
     good, problems = newest_intact_checkpoint(run.checkpoints)
     if call == 1:
         assert good is None and "hint: a new run with a lower --learning_rate may help" in output
@@ -43,14 +45,14 @@ def test_a_loss_that_explodes_stops_the_run_by_the_rule(tmp_path, flags, held_ou
     more = ["--learning_rate", "1e-5", "--held_out_share", held_out]
     faults = (("losses_twice_as_large_from", 7),)
     status, output = finished(TRAIN, "--run_dir", run.path, *flags, *more, output=tmp_path / "out", faults=faults)
-    said = re.search(
+    reported = re.search(
         r"the loss explodes: ([\d.]+) in the window up to step 8, more than 1.5 times the ([\d.]+)", output
     )
-    assert status == 1 and said and EXPLOSION == 1.5, output
-    assert float(said[1]) > 1.5 * float(said[2]) and "the examples of this step ask: " in output
+    assert status == 1 and reported and EXPLOSION == 1.5, output
+    assert float(reported[1]) > 1.5 * float(reported[2]) and "the examples of this step ask: " in output
     logged = run.read_metrics()
     start = next(e["eval_loss"] for e in logged if "eval_loss" in e) if held_out != "0" else logged[0]["loss"]
-    assert start == pytest.approx(float(said[2]), abs=0.01)
+    assert start == pytest.approx(float(reported[2]), abs=0.01)
     assert "the last good checkpoint is checkpoint-6" in output and not run.final_lora.exists()
 
 

@@ -50,7 +50,9 @@ def test_resuming_says_that_a_checkpoint_is_broken_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS, ids=["flipped bit", "truncated", "missing"])
-def test_broken_final_adapters_are_not_merged_and_resuming_the_training_mends_them(trained, untouched, tmp_path, fault):
+def test_broken_final_adapters_are_not_merged_and_resuming_the_training_corrects_them(
+    trained, untouched, tmp_path, fault
+):
     run = RunFolder(trained)
     fault(run.final_lora / "adapter_model.safetensors")
     merged = file_hashes(run.merged_model)

@@ -1,4 +1,4 @@
-"""Promise: every run keeps its console output with times; a failure's last lines are enough to know what to do."""
+"""Promise: every run logs its console with times; a failure's last lines are enough to know what to do."""
 
 import re
 import sys
@@ -16,11 +16,11 @@ TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d "
 def test_each_stage_logs_its_command_and_what_it_printed_with_times(untouched):
     lines = RunFolder(untouched).console_log.read_text().splitlines()
     assert all(re.match(TIME, line) for line in lines)
-    said = [re.sub(f"^{TIME}", "", line) for line in lines]
+    logged = [re.sub(f"^{TIME}", "", line) for line in lines]
     for words in ("$ train_conversation.py --run_dir", "held-out loss after step 12", "Trained 12 steps"):
-        assert any(line.startswith(words) for line in said), words
-    assert any(line.startswith("$ merge_conversation_model.py") for line in said)
-    assert any(line.startswith("Merged: ") for line in said)
+        assert any(line.startswith(words) for line in logged), words
+    assert any(line.startswith("$ merge_conversation_model.py") for line in logged)
+    assert any(line.startswith("Merged: ") for line in logged)
 
 
 def test_a_failed_tests_last_lines_say_which_and_what_to_do(trained, tmp_path):

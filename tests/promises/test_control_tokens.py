@@ -42,20 +42,20 @@ def tokenizer(tiny_folder):
 
 
 def control_ids(tokenizer, ids) -> Counter:
-    """How often each control token stands in the ids."""
+    """How often each control token occurs in the ids."""
     names = {tokenizer.convert_tokens_to_ids(token): token for token in CONTROL_TOKENS}
     return Counter(names[i] for i in ids if i in names)
 
 
 def wanted(prompt: Prompt) -> Counter:
-    """The control tokens that the format itself has in a prompt."""
+    """The control tokens of the format itself in a prompt."""
     return Counter([piece for piece in prompt.pieces() if isinstance(piece, Control)] + ["<bos>"])
 
 
 @settings(max_examples=300, deadline=None)
-@given(question=TYPED, said=st.lists(TYPED, max_size=3))
-def test_whatever_is_typed_as_question_or_history_becomes_no_control_token(tokenizer, question, said):
-    prompt = Prompt(question, tuple(Utterance("User", text) for text in said))
+@given(question=TYPED, history=st.lists(TYPED, max_size=3))
+def test_whatever_is_typed_as_question_or_history_becomes_no_control_token(tokenizer, question, history):
+    prompt = Prompt(question, tuple(Utterance("User", text) for text in history))
     ids = encode_prompt(tokenizer, prompt)
     assert control_ids(tokenizer, ids) == wanted(prompt)
     assert decode(tokenizer, ids[1:]) == prompt.text

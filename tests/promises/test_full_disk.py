@@ -41,7 +41,7 @@ def test_a_disk_that_fills_up_in_the_training_costs_nothing_but_the_time_since_t
         assert status == 1 and "error: cannot write " in output and "hint: " in output, output
         if disk:
             assert "No space left on device" in output and "free there" in output
-            assert "more are needed: make room, then go on with --resume" in output or free == 60_000
+            assert "more are needed: free disk space, then go on with --resume" in output or free == 60_000
         assert only_whole_checkpoints(run) and not RunFolder(run).final_lora.exists()
         assert newest_intact_checkpoint(RunFolder(run).checkpoints)[0] is not None
         if disk:
@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_in_the_merge_leaves_the_old_model_or_none(trained,
     assert files.file_hashes(run.merged_model) == before and not leftovers(run.path)
 
 
-def test_room_is_checked_beforehand_and_how_much_is_missing_is_said(tmp_path, flags, trained, monkeypatch):
+def test_disk_space_is_checked_beforehand_and_how_much_is_missing_is_reported(tmp_path, flags, trained, monkeypatch):
     with small_disk(tmp_path / "disk", 1_500_000) as disk:
         if disk:
             status, output = finished(TRAIN, "--run_dir", disk.folder / "run", *flags, output=tmp_path / "out")
@@ -73,7 +73,7 @@ def test_room_is_checked_beforehand_and_how_much_is_missing_is_said(tmp_path, fl
     assert "5.0 MB" in str(caught.value) and "free 5.0 MB there" in caught.value.hint
 
 
-def test_the_room_that_is_asked_for_is_what_a_run_takes(untouched, tiny_folder):
+def test_the_disk_space_that_is_asked_for_is_what_a_run_takes(untouched, tiny_folder):
     run = RunFolder(untouched)
     size = (run.final_lora / "adapter_model.safetensors").stat().st_size
     assert size * 0.9 < adapter_bytes(tiny_folder, 16) < size
@@ -83,7 +83,7 @@ def test_the_room_that_is_asked_for_is_what_a_run_takes(untouched, tiny_folder):
 
 
 @pytest.mark.parametrize("what", ["an atomic write", "run.json", "the lock", "an attempt"])
-def test_a_read_only_folder_is_said_plainly(tmp_path, what):
+def test_a_read_only_folder_is_reported_plainly(tmp_path, what):
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     run.write(some_record())
@@ -106,9 +106,9 @@ def test_a_read_only_folder_is_said_plainly(tmp_path, what):
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    said = os.read(reader, 10_000).decode()
+    reported = os.read(reader, 10_000).decode()
     run.path.chmod(0o755)
-    assert "cannot" in said and str(run.path) in said and "Permission denied" in said, said
+    assert "cannot" in reported and str(run.path) in reported and "Permission denied" in reported, reported
     assert run.read() == some_record() and os.listdir(run.path) == ["run.json"]
 
 
@@ -121,7 +121,7 @@ def test_training_into_a_folder_without_permission_is_refused_before_it_begins(t
     assert os.listdir(tmp_path / "closed") == []
 
 
-def test_a_read_only_disk_is_said_plainly(tmp_path, flags):
+def test_a_read_only_disk_is_reported_plainly(tmp_path, flags):
     with small_disk(tmp_path / "disk", 40_000_000) as disk:
         if disk is None:
             (tmp_path / "disk").chmod(0o555)
@@ -136,14 +136,14 @@ def test_a_read_only_disk_is_said_plainly(tmp_path, flags):
 
 
 def test_a_run_is_not_begun_when_the_disk_has_no_space_for_it(tmp_path, flags):
-    full = (("no_room_on_any_disk",),)
+    full = (("no_space_on_any_disk",),)
     run = tmp_path / "run"
     status, output = finished(TRAIN, *flags, "--run_dir", run, output=tmp_path / "out", faults=full)
     assert status == 2 and "training and the merged model after it needs" in output and "hint: free " in output
     assert not run.exists()
 
 
-def test_what_the_next_retrain_cleans_counts_as_room(tmp_path):
+def test_what_the_next_retrain_removes_counts_as_free_disk_space(tmp_path):
     attempt = publishing.begin_attempt(tmp_path, some_record()).path
     before = publishing.bytes_of_attempts(tmp_path)
     (attempt / "weights").write_bytes(bytes(1000))

@@ -1,4 +1,4 @@
-"""Promise: killed at any moment, the next --resume finishes the work, to the very bytes of a run never killed."""
+"""Promise: after a kill at any moment, --resume finishes the work, with the bytes of a run never killed."""
 
 import os
 import random
@@ -155,7 +155,7 @@ def test_testing_that_is_killed_is_done_again(trained, tmp_path):
 
 
 def undisturbed_adapters(home, tmp_path) -> str:
-    """The final adapters of the same training, from a process that nobody kills."""
+    """The final adapters of the same training, without a kill."""
     data = ["--base_model", home / "base", "--training_data", home / "easy.jsonl"]
     status, output = finished(TRAIN, *data, *LEARNS, "--run_dir", tmp_path / "alone", output=tmp_path / "alone.out")
     assert status == 0, output
@@ -183,7 +183,7 @@ def test_retrain_stopped_by_sigterm_then_killed_while_merging_and_publishing_pub
     assert until(lambda: list(runs.glob("attempts/20*/checkpoints/checkpoint-20/hashes.json")), retrain, 300)
     retrain.process.send_signal(signal.SIGTERM)
     assert retrain.finish() == 143, retrain.output
-    assert "stopped by SIGTERM after step" in retrain.output and "The attempt is kept in" in retrain.output
+    assert "stopped by SIGTERM after step" in retrain.output and "The attempt stays in" in retrain.output
     assert kill_in_stage(home, resumed_retrain(home), 3, 3)
     assert published(home) == [] and not (runs / "latest").exists()
     kill_in_stage(home, resumed_retrain(home), 6, 0.2)
@@ -208,7 +208,7 @@ def test_retrain_survives_six_kills_at_random_moments(tmp_path, tiny_folder, own
         begun = list(runs.glob("attempts/20*"))
         retrain = resumed_retrain(home) if begun else new_retrain(home)
         kills += kill_in_stage(home, retrain, stage, moments.uniform(0, seconds))
-        for path in published(home):  # whatever bears a final name is whole
+        for path in published(home):  # every run with a final name is complete
             assert path.name == os.readlink(runs / "latest") or (runs / "attempts" / ".publishing").exists()
     last = resumed_retrain(home)
     assert last.finish() == 0, last.output

@@ -1,4 +1,4 @@
-"""Promise: resuming with anything else than the run was begun with names each difference; a longer run is harmless."""
+"""Promise: resuming with other settings names each difference; a longer run is harmless."""
 
 import json
 import shutil
@@ -15,10 +15,10 @@ from conversation.runs.folder import RunFolder
 TRAIN, MERGE = "train_conversation.py", "merge_conversation_model.py"
 
 
-def drop_merges(base, kept: int) -> None:
-    """Keep the first merges of a base model's tokenizer, or with -1 all but the last."""
+def drop_merges(base, stop: int) -> None:
+    """Keep only the first `stop` merges of a base model's tokenizer; -1 drops the last."""
     tokenizer = json.loads((base / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:kept]
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:stop]
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 

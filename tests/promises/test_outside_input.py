@@ -1,4 +1,4 @@
-"""Promise: whatever comes from outside is read strictly or refused with a reason; what is accepted renders back.
+"""Promise: outside input is read strictly or refused with a reason; accepted input renders back.
 
 The same readers went through coverage-guided fuzzing: scripts/fuzz.py.
 """
@@ -56,7 +56,7 @@ SCRAPS = (
 
 @st.composite
 def spoilt(draw, whole):
-    """A valid text in which something was deleted, doubled, or written over with a scrap."""
+    """A valid text with parts deleted, doubled, or replaced by a scrap."""
     text = draw(st.sampled_from(whole))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
@@ -200,8 +200,8 @@ VALUES = st.sampled_from(
 ) | st.text(st.characters(exclude_characters="\0"), max_size=20)
 
 
-def said_by(script: str, *arguments: str) -> tuple[int, str]:
-    """Exit status and output of a script, run here, with these arguments."""
+def output_of(script: str, *arguments: str) -> tuple[int, str]:
+    """Exit status and output of a script, run in this process."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     sys.argv = [str(PROJECT / script), *arguments]
@@ -224,7 +224,7 @@ def test_no_command_line_is_a_crash(tmp_path_factory, pairs):
     """Nothing is trained: the training data does not exist, so a command line that is right ends there."""
     nowhere = str(tmp_path_factory.getbasetemp() / "nowhere.jsonl")
     arguments = [word for name, value in pairs if name != "training_data" for word in (f"--{name}", value)]
-    status, output = said_by("train_conversation.py", "--check_data", *arguments, "--training_data", nowhere)
+    status, output = output_of("train_conversation.py", "--check_data", *arguments, "--training_data", nowhere)
     assert status == 2, (status, output)
     assert "error: " in output and "Traceback" not in output
 
@@ -236,7 +236,7 @@ def test_no_command_line_is_a_crash(tmp_path_factory, pairs):
 def test_a_strange_path_is_one_error_and_status_2(tmp_path, monkeypatch, script, value):
     monkeypatch.chdir(tmp_path)
     flags = ["--resume"] if script.startswith("train") else []
-    status, output = said_by(script, "--run_dir", value, *flags)
+    status, output = output_of(script, "--run_dir", value, *flags)
     assert status == 2 and output.startswith("error: ") and list(tmp_path.iterdir()) == []
 
 
@@ -246,5 +246,5 @@ def test_a_strange_base_or_data_path_is_one_error_and_status_2(tmp_path, flag, v
     data = tmp_path / "data.jsonl"
     data.write_bytes(to_jsonl(easy_lines()[:2]))
     more = ["--training_data", str(data), "--base_model", "/nowhere", flag, value]
-    status, output = said_by("train_conversation.py", "--check_data", *more)
+    status, output = output_of("train_conversation.py", "--check_data", *more)
     assert status == 2 and "error: " in output and "Traceback" not in output

@@ -1,4 +1,4 @@
-"""Promise: the second process in a run folder is told who holds it and since when; a dead holder holds nothing."""
+"""Promise: the second process in a run folder is told who locks it and since when; a dead owner locks nothing."""
 
 import contextlib
 import fcntl
@@ -37,22 +37,21 @@ def test_two_trainings_that_begin_at_once_in_one_folder_are_one_training(tmp_pat
     statuses = sorted(one.finish() for one in both)
     assert statuses == [0, 2], [one.output for one in both]
     refused = next(one.output for one in both if "error: " in one.output)
-    assert "in use by process" in refused or "holds a run already" in refused
+    assert "in use by process" in refused or "already contains a run" in refused
     assert adapters(run) == adapters(untouched)
 
 
-def test_a_dead_holders_lock_is_taken_over(tmp_path, flags):
+def test_a_dead_owners_lock_is_taken_over(tmp_path, flags):
     run = tmp_path / "run"
     first = start("train_conversation.py", "--run_dir", run, *flags, output=tmp_path / "first")
     until((run / "checkpoints").exists, first)
-    held = (run / ".lock").read_text()
-    assert f"process {first.pid} since" in held
+    assert f"process {first.pid} since" in (run / ".lock").read_text()
     first.kill()
     with locked_folder(run):
         assert f"process {os.getpid()} since" in (run / ".lock").read_text()
 
 
-def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_it_lives_on(
+def test_a_second_retrain_is_told_who_locks_the_runs_also_when_only_a_stage_of_it_lives_on(
     tmp_path, tiny_folder, own_examples
 ):
     home = home_with_base(tmp_path / "home", tiny_folder, own_examples)
@@ -73,13 +72,13 @@ def test_a_second_retrain_is_told_who_holds_the_runs_also_when_only_a_stage_of_i
         stages = first.process.children(recursive=True)  # by now another one than at the start
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
-        said = second()
-        assert f"process {first.process.pid} since" in said and "itself ended" in said
-        assert any(str(stage.pid) in said.split("at work yet")[1] for stage in stages)
+        refusal = second()
+        assert f"process {first.process.pid} since" in refusal and "which has ended" in refusal
+        assert any(str(stage.pid) in refusal.split("still at work")[1] for stage in stages)
     finally:
         for stage in stages:
             with contextlib.suppress(psutil.NoSuchProcess):
                 stage.kill()
         psutil.wait_procs(stages, 10)
     with open(lock) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free: what is left of the dead holds nothing
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free: a dead process locks nothing

@@ -1,4 +1,4 @@
-"""The run folder: files whole or old, names that do not collide, publishing, locks, the logged console."""
+"""The run folder: whole files, names that do not collide, publishing, locks, the logged console."""
 
 import errno
 import fcntl
@@ -14,20 +14,20 @@ from faults import finished_attempt, some_record
 from conversation.errors import UserError
 from conversation.runs import console, files, folder, lock, publishing, report
 from conversation.runs.folder import RunFolder
-from conversation.runs.record import AnswersReport, AskedQuestion, RunRecord
+from conversation.runs.record import AnswersReport, AskedQuestion, RunRecord, _hash
 
-HOLD = "import sys; from pathlib import Path; from conversation.runs.lock import locked_folder\n"
-HOLD += "with locked_folder(Path(sys.argv[1])): "
+LOCK = "import sys; from pathlib import Path; from conversation.runs.lock import locked_folder\n"
+LOCK += "with locked_folder(Path(sys.argv[1])): "
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_leftover(tmp_path, monkeypatch):
     path = tmp_path / "file"
     files.write_atomically(path, b"old")
 
-    def no_room(descriptor):
+    def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_room)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(UserError, match="No space left") as caught:
         files.write_atomically(path, b"new")
     assert caught.value.exit_status == 1 and "free there" in caught.value.hint
@@ -57,12 +57,6 @@ def test_a_record_comes_back_from_its_file_and_names_a_key_that_does_not_fit(tmp
         RunRecord.from_json({**value, "sha256": _hash(value)})
 
 
-def _hash(value):
-    from conversation.runs.record import _hash as hash_of
-
-    return hash_of(value)
-
-
 def test_a_folder_and_its_record_are_born_together(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
     monkeypatch.setattr(os, "rename", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -72,7 +66,7 @@ def test_a_folder_and_its_record_are_born_together(tmp_path, monkeypatch):
     monkeypatch.undo()
     run.create(some_record())
     assert run.read() == some_record()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         run.create(some_record())
 
 
@@ -175,13 +169,13 @@ def test_an_answer_with_backticks_stays_inside_its_fence(tmp_path):
 
 def test_the_second_in_a_folder_is_told_who_works_there(tmp_path):
     with lock.locked_folder(tmp_path):
-        second = subprocess.run([sys.executable, "-c", HOLD + "pass", str(tmp_path)], capture_output=True, text=True)
+        second = subprocess.run([sys.executable, "-c", LOCK + "pass", str(tmp_path)], capture_output=True, text=True)
     assert f"in use by process {os.getpid()} since 20" in second.stderr
-    assert subprocess.run([sys.executable, "-c", HOLD + "pass", str(tmp_path)]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", LOCK + "pass", str(tmp_path)]).returncode == 0
 
 
 def test_the_lock_of_a_process_that_died_is_taken_over(tmp_path):
-    code = "import os; " + HOLD + "os.kill(os.getpid(), 9)"
+    code = "import os; " + LOCK + "os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
     with lock.locked_folder(tmp_path):
         pass

@@ -1,4 +1,4 @@
-"""The benchmark of the training step: it runs, its ways compute the same gradients, its floor is counted rightly."""
+"""The benchmark of the training step: it runs, its variants compute equal gradients, its floor is counted correctly."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def test_a_run_prints_a_table_for_people_and_one_json_object_for_programs(tiny_f
     assert done.stderr.rstrip().endswith("of it")
 
 
-def test_a_way_that_runs_out_of_memory_is_a_row_and_not_the_end():
+def test_a_variant_that_runs_out_of_memory_is_a_row_and_not_the_end():
     batch = {"tokens": 10, "distinct_tokens": 8, "labels": 4}
     taken = {
         "trl-8x1": {"steps": [], "error": "out of memory"},

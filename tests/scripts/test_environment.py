@@ -24,11 +24,11 @@ def prepare(tmp_path):
 
 def test_two_that_make_it_at_once_make_it_once(prepare, tmp_path):
     both = [prepare(), prepare()]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert {out.strip() for out, _ in said} == {str(tmp_path / ".venv" / "bin" / "python")}
-    assert sum("Making " in err for _, err in said) == 1, said
-    subprocess.run([said[0][0].strip(), "-c", ""], check=True)
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert {out.strip() for out, _ in outputs} == {str(tmp_path / ".venv" / "bin" / "python")}
+    assert sum("Making " in err for _, err in outputs) == 1, outputs
+    subprocess.run([outputs[0][0].strip(), "-c", ""], check=True)
 
 
 def test_it_is_made_again_when_the_requirements_change_or_an_installation_was_cut(prepare, tmp_path):
@@ -43,9 +43,9 @@ def test_it_is_made_again_when_the_requirements_change_or_an_installation_was_cu
     assert prepare().wait() != 0  # what failed is not taken for done
 
 
-def test_a_place_that_cannot_be_written_is_said_plainly(prepare, tmp_path):
+def test_a_place_that_cannot_be_written_is_reported_plainly(prepare, tmp_path):
     (tmp_path / ".venv.lock").mkdir()  # root may write everywhere, but not into this
     process = prepare()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2, said
-    assert said.startswith(f"error: cannot write into {tmp_path}\nhint: ") and len(said.splitlines()) == 2
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert errors.startswith(f"error: cannot write into {tmp_path}\nhint: ") and len(errors.splitlines()) == 2

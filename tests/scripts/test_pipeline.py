@@ -66,7 +66,7 @@ def test_the_merged_folder_serves_on_its_own_as_the_readme_says(home, published,
     assert done.returncode == 0, done.stderr
     from conversation.format.parser import parse_answer
 
-    assert parse_answer(done.stdout.strip())
+    parse_answer(done.stdout.strip())  # raises unless the answer is valid
 
 
 def test_a_run_that_fails_its_tests_is_not_published_and_says_where(home, published):
@@ -75,7 +75,7 @@ def test_a_run_that_fails_its_tests_is_not_published_and_says_where(home, publis
     done = retrain(home, *LEARNS_NOT)
     assert done.returncode == 1
     assert "FAILED" in done.stdout and "⟦stops being valid here⟧" in done.stdout
-    assert "what was published before is untouched" in done.stderr
+    assert "Earlier published runs are untouched" in done.stderr
     assert before == (os.readlink(runs / "latest"), (runs / "latest" / "run.json").read_bytes())
     (attempt,) = [path for path in (runs / "attempts").iterdir() if path.is_dir()]
     assert "FAILED" in (attempt / "console.log").read_text() and "FAILED" in (attempt / "report.md").read_text()

@@ -155,8 +155,8 @@ def plain_loss_and_gradients(model, sequences, cross_entropy=torch.nn.functional
 
 def shared_loss_and_gradients(model, sequences, tokens=10**6):
     model.zero_grad()
-    result = backward_in_micro_batches(model, sequences, 1.0, TokenBudget(tokens))
-    return result.loss_sum.item(), adapter_gradients(model)
+    loss_sum = backward_in_micro_batches(model, sequences, 1.0, TokenBudget(tokens))
+    return loss_sum.item(), adapter_gradients(model)
 
 
 def largest_difference(ours, theirs):
@@ -384,7 +384,7 @@ def test_a_step_that_runs_out_of_memory_starts_again_in_smaller_parts(monkeypatc
 
     def fails_twice(model, tree):
         calls.append(tree.num_tokens)
-        assert all(loss() is None for loss in last_losses)  # what failed is no longer held
+        assert all(loss() is None for loss in last_losses)  # nothing refers to what failed
         loss = shared_prefix_loss(model, tree)
         if len(calls) in (2, 4):  # at the first micro-batch of the second step, and at a later one
             last_losses.append(weakref.ref(loss))
@@ -396,9 +396,9 @@ def test_a_step_that_runs_out_of_memory_starts_again_in_smaller_parts(monkeypatc
     shared.zero_grad()
     budget = TokenBudget(100)
     backward_in_micro_batches(shared, sequences[:1], 1.0, budget)
-    result = backward_in_micro_batches(shared, sequences, 0.1, budget)
+    backward_in_micro_batches(shared, sequences, 0.1, budget)
     assert calls == [20, 77, 20, 20, 20, 20, 20, 20]  # the first step; all together; two alone; each alone
-    assert (budget.tokens, result.num_micro_batches) == (77 // 2 // 2, 4)
+    assert budget.tokens == 77 // 2 // 2 and len(split_into_micro_batches(sequences, budget.tokens)) == 4
     for name, gradient in adapter_gradients(shared).items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
 
@@ -454,8 +454,8 @@ def test_the_budget_follows_the_free_memory(gemma_pair, monkeypatch):
         assert torch.equal(torch.get_rng_state(), state)
     assert budgets[1] == pytest.approx(2 * budgets[0], abs=1)
     # per token and layer at least the inputs of seven projections, in float64
-    kept = micro_batches.MEMORY_SHARE * 2**26 / budgets[0]
-    assert kept > 3 * 8 * (4 * 24 + 2 * 32 + 40)
+    saved = micro_batches.MEMORY_SHARE * 2**26 / budgets[0]
+    assert saved > 3 * 8 * (4 * 24 + 2 * 32 + 40)
 
 
 def test_the_budget_counts_what_dropout_keeps_whatever_mode_the_model_is_in(monkeypatch):

@@ -1,4 +1,4 @@
-"""Training on a tiny Gemma 3: what is learned, logged, kept and refused."""
+"""Training on a tiny Gemma 3: what it learns, logs, saves and refuses."""
 
 import contextlib
 import json
@@ -88,11 +88,11 @@ def test_the_run_folder_holds_what_the_run_was(trained, easy_data):
     assert "held-out loss after step 8" in trained.console_log.read_text()
 
 
-def test_at_most_three_checkpoints_are_kept_each_with_its_hashes(tmp_path, tiny_folder, easy_data):
+def test_at_most_three_checkpoints_remain_each_with_its_hashes(tmp_path, tiny_folder, easy_data):
     assert train(tmp_path / "run", tiny_folder, easy_data, "--save_steps", "1").returncode == 0
-    kept = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
-    assert [path.name for path in kept] == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
-    assert newest_intact_checkpoint(tmp_path / "run" / "checkpoints") == (kept[-1], [])
+    found = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert [path.name for path in found] == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
+    assert newest_intact_checkpoint(tmp_path / "run" / "checkpoints") == (found[-1], [])
 
 
 def test_the_adapters_are_fp32_on_every_projection(trained):
@@ -106,7 +106,7 @@ def test_the_adapters_are_fp32_on_every_projection(trained):
 def test_a_second_run_does_not_eat_the_first(trained, tiny_folder, easy_data):
     before = sha256_file(trained.run_json)
     done = train(trained.path, tiny_folder, easy_data)
-    assert done.returncode == 2 and "holds a run already" in done.stderr
+    assert done.returncode == 2 and "already contains a run" in done.stderr
     assert sha256_file(trained.run_json) == before
 
 
