@@ -20,6 +20,17 @@ from conversation.errors import UserError
 PROJECT = Path(__file__).resolve().parent
 TRAINING_RUNS = PROJECT / "training-runs" / "conversation"
 HELD_OUT_QUESTIONS = PROJECT / "data" / "held_out_questions.jsonl"
+EVALUATION_QUESTIONS = tuple(PROJECT / "data" / "evaluation" / f"{name}.jsonl" for name in ("known", "unseen"))
+CORE_TREES, EXPERT_TREES = PROJECT / "data" / "core_trees", PROJECT / "data" / "conversation_trees"
+STARTER_TOPICS = PROJECT / "data" / "starter_topics.txt"  # <domain>/<topic>, a line each
+DATA_SETS = {
+    "core": (CORE_TREES,),
+    "expert": (EXPERT_TREES,),
+    "both": (CORE_TREES, EXPERT_TREES),
+    "starter": (STARTER_TOPICS,),
+}
+"""The project's own training data, by the names that --training_data takes. What each is for: data/README.md."""
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conversation-training"
 
 FUNCTION_GEMMA = "google/functiongemma-270m-it"
@@ -41,7 +52,10 @@ class TrainingConfig:
     """The settings of one training run; each field is a flag of `train_conversation.py`."""
 
     base_model: str = setting(FUNCTION_GEMMA, f"hub name, local folder, or {STAND_IN} for the embedded stand-in")
-    training_data: str = setting("data/conversation_trees", "folder of conversation trees, or JSONL file")
+    training_data: str = setting(
+        "expert",
+        f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, or a JSONL file",
+    )
     domains: str = setting("", "train on these domains of the trees only, separated by commas (default: all)")
     loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
     held_out_share: float = setting(0.1, "share of the examples, by whole trees, kept for the held-out loss")
@@ -184,7 +198,8 @@ def flags_of(config: TrainingConfig) -> list[str]:
 def path_from_anywhere(name: str) -> str:
     """A path in the working folder, absolute unless that is the project's, so that it is found from elsewhere, too."""
     path = Path(os.path.expanduser(name))
-    return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT else name
+    named = name in (*DATA_SETS, STAND_IN)
+    return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT and not named else name
 
 
 def quiet_libraries() -> None:

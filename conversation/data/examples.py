@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversation.data import strict_json
-from conversation.data.trees import read_trees
+from conversation.data.trees import read_listed_trees, read_trees
 from conversation.errors import UserError, list_problems
 from conversation.format.calls import Example
 from conversation.format.parser import FormatError, parse_example
@@ -64,8 +64,13 @@ def read_jsonl(path: Path) -> list[Example]:
     return examples
 
 
-def read_training_data(path: Path, domains: tuple[str, ...] = ()) -> list[Example]:
-    """Examples from a folder of conversation trees or from a JSONL file. Raises UserError."""
+def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> list[Example]:
+    """Examples from folders of conversation trees or JSONL files. Raises UserError."""
+    if not isinstance(paths, Path):
+        return [example for path in paths for example in read_training_data(path, domains)]
+    path = paths
+    if path.suffix == ".txt":
+        return [example for tree in read_listed_trees(path, domains) for example in tree.examples()]
     if path.is_dir():
         return [example for tree in read_trees(path, domains) for example in tree.examples()]
     if not path.exists():

@@ -16,6 +16,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from conversation.data.core import is_stock
 from conversation.data.statistics import LengthSummary
 from conversation.data.trees import Tree
 from conversation.errors import list_problems
@@ -187,7 +188,9 @@ class _Node:
     place: Place
     domain: str
     asked: tuple[str, ...]  # the questions on the path, the node's own last
+    questions: tuple[str, ...]  # every way to ask the node's own; none where that is a stock form
     answer: Answer
+    wordings: tuple[tuple[str, ...], ...]
     followed: tuple[bool, ...]  # per choice: whether its target is a node
 
 
@@ -195,8 +198,8 @@ def assess(trees: Sequence[Tree]) -> Quality:
     """Count and compare the texts of at least one tree; about half a second for 1,500 nodes."""
     nodes = [node for tree in trees for node in _nodes(tree)]
     answers = [node.answer for node in nodes]
-    asked = [Found(node.asked[-1], node.place) for node in nodes]
-    fragments = [Found(text, node.place) for node in nodes for text in node.answer.fragments]
+    asked = [Found(question, node.place) for node in nodes for question in node.questions]
+    fragments = [Found(text, node.place) for node in nodes for texts in node.wordings for text in texts]
     follow_ups = [Found(choice.text, node.place) for node in nodes for choice in node.answer.follow_ups]
     domain_of = {node.place: node.domain for node in nodes}
     roots = {node.place for node in nodes if len(node.asked) == 1}
@@ -299,7 +302,9 @@ def _nodes(tree: Tree) -> Iterator[_Node]:
         before = tuple(utterance.text for utterance in prompt.history if utterance.speaker == "User")
         followed = tuple(choice.target in tree.nodes for choice in answer.follow_ups)
         place = Place(f"{tree.domain}/{tree.name}", name)
-        yield _Node(place, tree.domain, (*before, prompt.question), answer, followed)
+        questions = tree.questions if name == tree.name else () if is_stock(prompt.question) else (prompt.question,)
+        wordings = tuple(each.fragments for each in tree.wordings(name))
+        yield _Node(place, tree.domain, (*before, prompt.question), questions, answer, wordings, followed)
 
 
 def _repeated_follow_ups(nodes: Sequence[_Node]) -> Iterator[Found]:
@@ -308,6 +313,8 @@ def _repeated_follow_ups(nodes: Sequence[_Node]) -> Iterator[Found]:
     for node in nodes:
         asked = {tuple(words(question)) for question in node.asked}
         for choice in node.answer.follow_ups:
+            if is_stock(choice.text):
+                continue  # a stock form may be asked of everything
             key = tuple(words(choice.text))
             if key in asked or (node.place.tree, *key) in offered:
                 yield Found(choice.text, node.place)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from conversation.data import strict_json
 from conversation.errors import UserError, list_problems
-from conversation.format.calls import Prompt, Utterance
+from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,34 +40,70 @@ THREE_CASES = (
 )
 
 
+@dataclass(frozen=True)
+class HeldOutCase:
+    """A question of the evaluation, kept out of all training data, with an answer that a person would accept.
+
+    `set_name`: "known" (a trained topic in unseen wording) or "unseen" (a topic that no training text treats).
+    `followed`: the index of the follow-up with which the conversation goes on.
+    """
+
+    set_name: str
+    domain: str
+    topic: str
+    prompt: Prompt
+    answer: Answer
+    followed: int
+
+    @property
+    def is_root(self) -> bool:
+        return not self.prompt.history
+
+
+def read_held_out(path: Path) -> list[HeldOutCase]:
+    """The cases of an evaluation file, JSONL. Raises UserError that lists the lines which are none."""
+    return _read_lines(path, _held_out_case, "cases of an evaluation")
+
+
 def read_questions(path: Path) -> list[Case]:
     """Questions from a JSONL file: objects with `question` and, if it is a follow-up, `history` (speaker, text).
 
     Raises UserError with the lines.
     """
-    cases = []
+    return _read_lines(path, lambda value, number: Case(f"question {number}", _prompt(value)), "questions")
+
+
+def _prompt(value: dict[str, Any]) -> Prompt:
+    history = [(line["speaker"], line["text"]) for line in value.get("history", ())]
+    if not all(isinstance(text, str) for text in (value["question"], *itertools.chain(*history))):
+        raise ValueError("question, speaker and text must be strings")
+    return Prompt(value["question"], tuple(Utterance(*line) for line in history))
+
+
+def _held_out_case(value: dict[str, Any], number: int) -> HeldOutCase:
+    choices = tuple(FollowUp(each["text"], f"{each['confidence']:.2f}", each["target"]) for each in value["choices"])
+    answer = Answer(tuple(value["texts"]), choices)
+    return HeldOutCase(value["set"], value["domain"], value["topic"], _prompt(value), answer, value["followed"])
+
+
+def _read_lines(path: Path, read: Callable[[dict[str, Any], int], T], what: str) -> list[T]:
     try:
         content = strict_json.decode_utf8(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except strict_json.JsonError as error:
         raise UserError(f"{path}: {error}") from None
-    problems = []
+    found, problems = [], []
     for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):
         try:
-            value = strict_json.loads(line)
-            history = [(u["speaker"], u["text"]) for u in value.get("history", ())]
-            if not all(isinstance(text, str) for text in (value["question"], *itertools.chain(*history))):
-                raise ValueError("question, speaker and text must be strings")
-            prompt = Prompt(value["question"], tuple(Utterance(*said) for said in history))
-            cases.append(Case(f"question {number}", prompt))
+            found.append(read(strict_json.loads(line), number))
         except (KeyError, TypeError, AttributeError):
             wanted = '{"question": ..., "history": [{"speaker": ..., "text": ...}]}'
             problems.append(f"{path}:{number}: not a question: expected {wanted}")
         except ValueError as error:
             problems.append(f"{path}:{number}: not a question: {error}")
     if problems:
-        raise UserError(f"{len(problems)} lines are no questions:\n{list_problems(problems)}")
-    if not cases:
+        raise UserError(f"{len(problems)} lines are no {what}:\n{list_problems(problems)}")
+    if not found:
         raise UserError(f"{path} holds no question")
-    return cases
+    return found

@@ -8,11 +8,11 @@ each target stands once, every node is reached from the root, and by one choice 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from conversation.data import strict_json
 from conversation.errors import UserError, list_problems
@@ -24,17 +24,33 @@ if TYPE_CHECKING:
     import jsonschema
 
 
+T = TypeVar("T")
 SCHEMA_FILE = PROJECT / "data" / "conversation_tree.schema.json"
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A conversation tree. `nodes` maps a node's name to its answer; a choice's target may name a node or nothing."""
+    """A conversation tree. `nodes` maps a node's name to its answer; a choice's target may name a node or nothing.
+
+    `also_asked`: other ways to ask the root question. `other_texts`: other wordings of a node's texts, by its name.
+    """
 
     name: str
     domain: str
     question: str
     nodes: dict[str, Answer]
+    also_asked: tuple[str, ...] = ()
+    other_texts: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Every way in which the root question is asked."""
+        return (self.question, *self.also_asked)
+
+    def wordings(self, name: str) -> tuple[Answer, ...]:
+        """Every wording of a node's answer; they share their follow-ups."""
+        answer = self.nodes[name]
+        return (answer, *(Answer(texts, answer.follow_ups) for texts in self.other_texts.get(name, ())))
 
     def walk(self) -> Iterator[tuple[str, Prompt, Answer]]:
         """Every node as (name, prompt, answer), depth first, children in the order of the choices that name them.
@@ -55,8 +71,35 @@ class Tree:
             todo += [(choice.target, Prompt(choice.text, said)) for choice in reversed(children)]
 
     def examples(self) -> list[Example]:
-        """One training example per node, in the order of `walk`."""
-        return [Example(prompt, answer) for _, prompt, answer in self.walk()]
+        """The training examples, in the order of `walk`: each question and each wording occurs at least once.
+
+        A root with 4 questions and 3 wordings gives 4 examples, a child with 2 wordings gives 2. The history of a child
+        takes the questions and wordings above it in turn. A tree without variants gives one example a node.
+        """
+        examples = []
+        paths: dict[str, tuple[str, ...]] = {self.name: ()}  # the choices that lead to a node, as (node, text) pairs
+        asked: dict[str, str] = {}
+        for number, (name, prompt, answer) in enumerate(self.walk()):
+            for choice in answer.follow_ups:
+                if choice.target in self.nodes:
+                    paths[choice.target], asked[choice.target] = (*paths[name], name), choice.text
+            answers = self.wordings(name)
+            count = max(len(answers), len(self.questions)) if name == self.name else len(answers)
+            for variant in range(count):
+                turn = number + variant
+                history: list[Utterance] = []
+                for above in paths[name]:
+                    history.append(
+                        Utterance("User", _in_turn(self.questions, turn) if above == self.name else asked[above])
+                    )
+                    history += [Utterance("AI", text) for text in _in_turn(self.wordings(above), turn).fragments]
+                question = _in_turn(self.questions, variant) if name == self.name else prompt.question
+                examples.append(Example(Prompt(question, tuple(history)), _in_turn(answers, variant)))
+        return examples
+
+
+def _in_turn(values: Sequence[T], number: int) -> T:
+    return values[number % len(values)]
 
 
 class TreeError(ValueError):
@@ -93,7 +136,12 @@ def parse_tree(data: bytes, name: str, domain: str) -> Tree:
         )
         for node_name, node in value["nodes"].items()
     }
-    return Tree(value["root"], domain, value["question"], nodes)
+    others = {
+        node_name: tuple(map(tuple, node["other_texts"]))
+        for node_name, node in value["nodes"].items()
+        if "other_texts" in node
+    }
+    return Tree(value["root"], domain, value["question"], nodes, tuple(value.get("also_asked", ())), others)
 
 
 def read_tree(path: Path) -> Tree:
@@ -127,6 +175,19 @@ def read_trees(folder: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
     return sorted(trees, key=lambda tree: (tree.domain, tree.name))
 
 
+def read_listed_trees(path: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
+    """Read the trees that a text file lists, `<domain>/<root>` a line, from `core_trees` beside it.
+
+    Raises UserError for a name that is not there, and for what `read_trees` refuses.
+    """
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    trees = {f"{tree.domain}/{tree.name}": tree for tree in read_trees(path.with_name("core_trees"), domains)}
+    wanted = [name for name in names if not domains or name.split("/")[0] in domains]
+    if missing := [name for name in wanted if name not in trees]:
+        raise UserError(f"{path} lists trees that are not there: {list_problems(missing, 3).strip()}")
+    return [trees[name] for name in wanted]
+
+
 def _place(path: Any) -> str:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return place.lstrip(".") or "the tree"
@@ -147,10 +208,18 @@ def _structure_problems(value: dict[str, Any], file_name: str) -> list[str]:
     if root != file_name:
         problems.append(f"root: {root!r} does not match the file's name {file_name!r}")
     problems += _control_token_problems("question", value["question"])
+    also_asked = value.get("also_asked", [])
+    for i, question in enumerate(also_asked):
+        problems += _control_token_problems(f"also_asked[{i}]", question)
+        if question in (value["question"], *also_asked[:i]):
+            problems.append(f"also_asked[{i}]: {question!r} is asked already")
     named_by: dict[str, str] = {}
     for name, node in nodes.items():
         for i, text in enumerate(node["texts"]):
             problems += _control_token_problems(f"nodes.{name}.texts[{i}]", text)
+        for k, texts in enumerate(node.get("other_texts", [])):
+            for i, text in enumerate(texts):
+                problems += _control_token_problems(f"nodes.{name}.other_texts[{k}][{i}]", text)
         for i, choice in enumerate(node["choices"]):
             place = f"nodes.{name}.choices[{i}]"
             problems += _control_token_problems(f"{place}.text", choice["text"])

@@ -23,7 +23,7 @@ from conversation.runs.files import check_disk_space
 from conversation.runs.machine import environment, number_of_processes
 from conversation.runs.record import DataIdentity, RunRecord, now
 from conversation.training.trainer import TrainingSet, token_sequence
-from conversation_config import KEPT_CHECKPOINTS, PROJECT, TrainingConfig
+from conversation_config import DATA_SETS, KEPT_CHECKPOINTS, PROJECT, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Prepared:
 
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check data, base model and tokenizer. Raises UserError; changes nothing on disk but the model cache."""
-    examples = read_training_data(data_path(config), config.domain_names)
+    examples = read_training_data(data_paths(config), config.domain_names)
     base_folder = find_base_model(config.base_model)
     _, encoded, audited = audit(base_folder, examples)
     too_long = [
@@ -116,10 +116,12 @@ def prepare(config: TrainingConfig) -> Prepared:
     )
 
 
-def data_path(config: TrainingConfig) -> Path:
-    """Where the training data is: relative to the working folder or, if there is nothing, to the project."""
+def data_paths(config: TrainingConfig) -> tuple[Path, ...]:
+    """Where the training data is: a set of the project's own, or a path from the working folder or from the project."""
+    if config.training_data in DATA_SETS:
+        return DATA_SETS[config.training_data]
     path = Path(os.path.expanduser(config.training_data))
-    return PROJECT / path if not path.exists() and (PROJECT / path).exists() else path
+    return (PROJECT / path if not path.exists() and (PROJECT / path).exists() else path,)
 
 
 def check_space_for(prepared: Prepared, folder: Path, to_be_freed: int = 0) -> None:
@@ -135,9 +137,9 @@ def check_space_for(prepared: Prepared, folder: Path, to_be_freed: int = 0) -> N
 
 def print_statistics(prepared: Prepared, as_json: bool) -> None:
     """Print what is in the data; of whole tree folders also how good it is, as far as a program can tell."""
-    path = data_path(prepared.config)
-    whole_trees = path.is_dir() and not prepared.config.domain_names
-    quality = assess(read_trees(path)) if whole_trees else None
+    paths = data_paths(prepared.config)
+    whole_trees = all(path.is_dir() for path in paths) and not prepared.config.domain_names
+    quality = assess([tree for path in paths for tree in read_trees(path)]) if whole_trees else None
     found = {**dataclasses.asdict(prepared.statistics), "tokenizer_fingerprint": prepared.audit.fingerprint}
     if as_json:
         print(json.dumps({**found, "quality": quality and quality.as_dict()}, ensure_ascii=False))

@@ -15,7 +15,9 @@ from conversation.format.calls import Answer, FollowUp
 from conversation_config import HELD_OUT_QUESTIONS
 
 
-def answer(*texts, follow_ups=("Why so?", "Such as?", "When not?"), confidences=("0.61", "0.2", "0.1"), targets="xyz"):
+def answer(
+    *texts, follow_ups=("Why so?", "Such as?", "When never?"), confidences=("0.61", "0.2", "0.1"), targets="xyz"
+):
     return Answer(texts, tuple(map(FollowUp, follow_ups, confidences, targets)))
 
 
@@ -134,8 +136,8 @@ def test_a_set_that_falls_short_is_told_where(own_quality, field, value, problem
         ("repeated_follow_ups", [tree("What's DNS?", "A.", follow_ups=("What's DNS", "B?", "C?"))], "What's DNS"),
         (
             "repeated_follow_ups",
-            [tree("What's DNS?", "A.", nodes={"x": below("B.", follow_ups=("When not?", "C?", "D?"))})],
-            "When not?",
+            [tree("What's DNS?", "A.", nodes={"x": below("B.", follow_ups=("When never?", "C?", "D?"))})],
+            "When never?",
         ),
     ],
 )

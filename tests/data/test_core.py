@@ -1,0 +1,154 @@
+"""The core set keeps the rules that make it learnable, and the evaluation's questions stay out of all training data."""
+
+from collections import Counter
+from statistics import fmean
+
+import pytest
+
+from conversation.data.core import (
+    STOCK_FORMS,
+    confidences,
+    is_stock,
+    kind_of,
+    only_stock,
+    opener_perplexity,
+    rule_problems,
+)
+from conversation.data.examples import read_training_data
+from conversation.data.quality import words
+from conversation.data.questions import THREE_CASES, read_held_out, read_questions
+from conversation.data.trees import read_listed_trees, read_trees
+from conversation.format.calls import Answer, FollowUp
+from conversation_config import CORE_TREES, DATA_SETS, EVALUATION_QUESTIONS, HELD_OUT_QUESTIONS, STARTER_TOPICS
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return read_trees(CORE_TREES)
+
+
+@pytest.fixture(scope="module")
+def nodes(trees):
+    return [(name, answer) for tree in trees for name, answer in tree.nodes.items()]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return [case for path in EVALUATION_QUESTIONS for case in read_held_out(path)]
+
+
+def test_600_topics_are_asked_four_ways_and_answered_in_three_wordings_their_children_in_two(trees):
+    assert Counter(tree.domain for tree in trees) == dict.fromkeys(
+        ("abstract_concepts", "computer_science", "philosophy", "programming", "systems"), 120
+    )
+    for tree in trees:
+        assert len(tree.questions) == 4 and len(tree.nodes) == 4, tree.name
+        assert [len(tree.wordings(name)) for name in tree.nodes] == [3, 2, 2, 2], tree.name
+        assert {choice.target for choice in tree.nodes[tree.name].follow_ups} == set(tree.nodes) - {tree.name}
+        assert len(tree.examples()) == len({example.text for example in tree.examples()}) == 10
+
+
+def test_targets_and_confidences_follow_from_what_can_be_seen(nodes):
+    assert [problem for name, answer in nodes for problem in rule_problems(name, answer)] == []
+    triples = Counter(tuple(each.confidence for each in answer.follow_ups) for _, answer in nodes)
+    assert triples.most_common(1)[0][1] / len(nodes) < 0.25 and len(triples) > 12
+
+
+def test_fragments_have_roles_and_few_openers(trees):
+    roots = [answer.fragments for tree in trees for answer in tree.wordings(tree.name)]
+    first, second, third = ([each[i] for each in roots if len(each) > i] for i in range(3))
+    assert opener_perplexity(first) < 10 and opener_perplexity(second) < 30 and opener_perplexity(third) < 30
+    every = [
+        fragment
+        for tree in trees
+        for name in tree.nodes
+        for answer in tree.wordings(name)
+        for fragment in answer.fragments
+    ]
+    assert 5 < fmean(len(words(fragment)) for fragment in every) < 8 and max(map(len, every)) <= 56
+    assert not [fragment for fragment in every if any(character.isdigit() for character in fragment)]
+    assert {len(answer.fragments) for tree in trees for n in tree.nodes for answer in tree.wordings(n)} == {2, 3}
+    assert [text for text, count in Counter(map(str.casefold, every)).items() if count > 1] == []
+
+
+def test_follow_ups_are_of_few_kinds_and_most_answers_name_a_thing_of_the_topic(trees, nodes):
+    answered = Counter(
+        kind_of(choice.target, tree.name) for tree in trees for choice in tree.nodes[tree.name].follow_ups
+    )
+    assert answered["example"] >= 150 and answered["vs"] >= 80 and answered["why"] + answered["how"] >= 80
+    assert sum(only_stock(answer.follow_ups) for _, answer in nodes) / len(nodes) < 1 / 3
+    texts = [each.text for _, answer in nodes for each in answer.follow_ups]
+    assert 0.4 < sum(map(is_stock, texts)) / len(texts) < 0.75
+
+
+def test_the_starter_topics_are_thirty_a_domain_with_all_that_the_evaluation_knows(held_out):
+    starter = read_listed_trees(STARTER_TOPICS)
+    assert set(Counter(tree.domain for tree in starter).values()) == {30} and len(starter) == 150
+    assert {case.topic for case in held_out if case.set_name == "known"} <= {tree.name for tree in starter}
+
+
+def test_no_held_out_question_or_answer_is_in_any_training_data(held_out, trees):
+    training = [example for path in DATA_SETS["both"] for example in read_training_data(path)]
+    texts = {fragment.casefold() for example in training for fragment in example.answer.fragments}
+    assert [c.topic for c in held_out if any(f.casefold() in texts for f in c.answer.fragments)] == []
+    roots = {tuple(words(e.prompt.question)) for e in training if not e.prompt.history}
+    asked = [case for case in held_out if case.is_root]
+    assert [case.prompt.question for case in asked if tuple(words(case.prompt.question)) in roots] == []
+    kept_out = [*THREE_CASES, *read_questions(HELD_OUT_QUESTIONS)]
+    asked = [case.prompt.question for case in kept_out if not case.prompt.history]
+    assert [question for question in asked if tuple(words(question)) in roots] == []
+    names = {tree.name for tree in trees}
+    unseen = {case.topic for case in held_out if case.set_name == "unseen"}
+    assert not unseen & names
+    mentioned = {word for root in roots for word in root}
+    single = {topic for topic in unseen if "_" not in topic}
+    assert not single & mentioned
+
+
+def test_the_held_out_sets_are_fifty_each_half_of_them_follow_ups(held_out):
+    assert Counter((case.set_name, case.is_root) for case in held_out) == {
+        (name, root): 25 for name in ("known", "unseen") for root in (True, False)
+    }
+    assert set(Counter((case.set_name, case.domain) for case in held_out).values()) == {10}
+    assert all(0 <= case.followed < 3 for case in held_out)
+
+
+# --- the rules themselves --------------------------------------------------------------------------------------------
+
+
+def answer(*targets, numbers=("0.57", "0.22", "0.13")):
+    return Answer(
+        ("A.",), tuple(FollowUp(f"{i}?", n, t) for i, (t, n) in enumerate(zip(targets, numbers, strict=True)))
+    )
+
+
+def test_the_kind_of_a_follow_up_is_read_from_its_target():
+    kinds = [kind_of(f"mutex_{suffix}", "mutex") for suffix in ("example", "vs_semaphore", "release", "limit")]
+    assert kinds == ["example", "vs", "own", "limit"]
+
+
+def test_confidences_fall_and_an_example_leads():
+    for first in ("example", "how", "why", "own"):
+        for third in ("own", "vs", "limit", "use", "origin"):
+            numbers = [float(number) for number in confidences((first, "own", third))]
+            assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == 3
+    assert confidences(("example", "own", "vs")) == ("0.57", "0.22", "0.13")
+    assert float(confidences(("own", "why", "origin"))[2]) < 0.1
+
+
+def test_a_broken_rule_is_named():
+    good = answer("mutex_example", "mutex_release", "mutex_vs_semaphore")
+    assert rule_problems("mutex", good) == []
+    assert "does not begin" in rule_problems("mutex", answer("mutex_example", "release", "mutex_vs_semaphore"))[0]
+    wrong = answer("mutex_example", "mutex_release", "mutex_vs_semaphore", numbers=("0.44", "0.28", "0.17"))
+    assert "expected 0.57, 0.22, 0.13" in rule_problems("mutex", wrong)[0]
+
+
+def test_stock_forms_are_known_whatever_their_case():
+    assert is_stock("example?") and is_stock(" Why? ") and not is_stock("vs a semaphore?")
+    assert all(is_stock(form) for forms in STOCK_FORMS.values() for form in forms)
+
+
+def test_opener_perplexity_is_one_for_one_opener_and_n_for_n():
+    assert opener_perplexity(["A b.", "a c."]) == pytest.approx(1)
+    assert opener_perplexity(["A b.", "The c.", "It d."]) == pytest.approx(3)
