@@ -26,7 +26,7 @@ from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.files import find_damage, shown, write_atomically
 from conversation.runs.folder import RunFolder, named_run, new_run_folder
 from conversation.runs.machine import is_first_process
-from conversation.runs.publishing import LATEST, begin_attempt, bytes_of_attempts, newest_attempt
+from conversation.runs.publishing import attempt_to_resume, begin_attempt, bytes_of_attempts
 from conversation.runs.record import RunRecord, changes_on_resume
 from conversation.runs.report import write_report
 from conversation_config import TRAINING_RUNS, add_training_flags, resolve_settings, set_up_libraries
@@ -97,17 +97,12 @@ def begin(args: argparse.Namespace, prepared: Prepared) -> None:
 
 
 def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
-    """The run to resume; None when RETRAIN.sh has published the last one."""
+    """The run that `--resume` means; None when RETRAIN.sh has published the last one."""
     from conversation.training.processes import decided_by_first
 
-    if not args.attempt:
-        return RunFolder(Path(decided_by_first(str(named_run(args.run_dir).path))))
-    if attempt := newest_attempt():
-        return attempt
-    if not (latest := TRAINING_RUNS / LATEST).exists():
-        raise UserError("there is no attempt to resume", "begin one: ./RETRAIN.sh")
-    print(f"Nothing to resume: no attempt is unfinished; the last published run is {shown(latest)}")
-    return None
+    if args.attempt:
+        return attempt_to_resume()
+    return RunFolder(Path(decided_by_first(str(named_run(args.run_dir).path))))
 
 
 def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:

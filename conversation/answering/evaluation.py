@@ -143,7 +143,7 @@ def _evaluated(
         history=said.history,
         output=said.output,
         problem=said.problem,
-        break_kind=figures.break_kind(said.problem) if said.problem else None,
+        break_kind=verdict.kind,
         texts=said.texts,
         choices=said.choices,
         sampled_problem=sample.problem if sample else None,

@@ -27,6 +27,7 @@ class Verdict:
     answer: Answer | None
     problem: str | None = None
     position: int | None = None
+    kind: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -86,11 +87,11 @@ def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
     try:
         answer = parse_answer(output)
     except FormatError as error:
-        return Verdict(case, output, None, str(error), error.position)
+        return Verdict(case, output, None, str(error), error.position, error.kind)
     if spelled_out := spelled_out_token(tokenizer, ids):
         token, position = spelled_out
         problem = f"{token} is spelled out in ordinary tokens, not the control token"
-        return Verdict(case, output, None, problem, position)
+        return Verdict(case, output, None, problem, position, "control token in ordinary letters")
     return Verdict(case, output, answer)
 
 

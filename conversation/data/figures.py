@@ -108,24 +108,3 @@ def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> float:
     pairs = [(i, j) for i in range(len(ours)) for j in range(i)]
     signs = [(ours[i] - ours[j]) * (theirs[i] - theirs[j]) for i, j in pairs]
     return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
-
-
-def break_kind(problem: str) -> str:
-    """Where an invalid answer breaks, as one of a few kinds, from the parser's sentence."""
-    for words, kind in (
-        ("control token", "control token inside a value"),
-        ("is not a snake_case name", "target"),
-        ("is not a number", "confidence"),
-        ("is not between", "confidence"),
-        ("is not closed", "a value that never ends"),
-        ("more than", "too many calls"),
-        ("add_choice calls, expected", "too few calls"),
-        ("no add_text", "too few calls"),
-        ("before any add_text", "order of calls"),
-        ("after add_choice", "order of calls"),
-        ("is empty", "empty value"),
-        ("spelled out", "control token in ordinary letters"),
-    ):
-        if words in problem:
-            return kind
-    return "syntax"

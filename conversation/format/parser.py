@@ -30,11 +30,16 @@ from conversation.format.control_tokens import (
 
 
 class FormatError(ValueError):
-    """Text that is not in the format. `position`: the offset, in characters, of the first invalid one."""
+    """Text that is not in the format. `position`: the offset, in characters, of the first invalid one.
 
-    def __init__(self, problem: str, text: str, position: int):
+    `kind` groups the problems: "syntax", "control token", "empty value", "unclosed value", "confidence", "target",
+    "number of calls", "order of calls".
+    """
+
+    def __init__(self, problem: str, text: str, position: int, kind: str = "syntax"):
         self.problem = problem
         self.position = position
+        self.kind = kind
         line = text.count("\n", 0, position) + 1
         column = position - (text.rfind("\n", 0, position) + 1) + 1
         rest = text[position : position + 40]
@@ -49,8 +54,8 @@ class _Scanner:
         self.text = text
         self.position = 0
 
-    def error(self, problem: str, position: int | None = None) -> FormatError:
-        return FormatError(problem, self.text, self.position if position is None else position)
+    def error(self, problem: str, position: int | None = None, kind: str = "syntax") -> FormatError:
+        return FormatError(problem, self.text, self.position if position is None else position, kind)
 
     def at(self, literal: str) -> bool:
         return self.text.startswith(literal, self.position)
@@ -67,7 +72,7 @@ class _Scanner:
         """Move over everything up to and including `literal`; return the text before it."""
         end = self.text.find(literal, self.position)
         if end < 0:
-            raise self.error(f"{what} is not closed by {literal!r}", len(self.text))
+            raise self.error(f"{what} is not closed by {literal!r}", len(self.text), "unclosed value")
         found = self.text[self.position : end]
         self.position = end + len(literal)
         return found
@@ -78,7 +83,8 @@ class _Scanner:
         start = self.position
         value = self.until(ESCAPE, f"the value of {name}")
         if found := text_problem(value, f"the value of {name}"):
-            raise self.error(found[0], start + found[1])
+            sentence, offset, kind = found
+            raise self.error(sentence, start + offset, kind)
         return value, start
 
 
@@ -90,23 +96,23 @@ def _scan_answer(scan: _Scanner) -> Answer:
         scan.expect(f"{START_CALL}\ncall:add_")
         if scan.at("text{"):
             if follow_ups:
-                raise scan.error("add_text after add_choice", start)
+                raise scan.error("add_text after add_choice", start, "order of calls")
             if len(fragments) == MAX_FRAGMENTS:
-                raise scan.error(f"more than {MAX_FRAGMENTS} add_text calls", start)
+                raise scan.error(f"more than {MAX_FRAGMENTS} add_text calls", start, "number of calls")
             scan.expect("text{")
             fragments.append(scan.argument("content")[0])
         else:
             scan.expect("choice{")
             if not fragments:
-                raise scan.error("add_choice before any add_text", start)
+                raise scan.error("add_choice before any add_text", start, "order of calls")
             if len(follow_ups) == NUM_FOLLOW_UPS:
-                raise scan.error(f"more than {NUM_FOLLOW_UPS} add_choice calls", start)
+                raise scan.error(f"more than {NUM_FOLLOW_UPS} add_choice calls", start, "number of calls")
             follow_ups.append(_scan_choice(scan))
         scan.expect(f"}}\n{END_CALL}\n")
     if not fragments:
-        raise scan.error("no add_text call")
+        raise scan.error("no add_text call", kind="number of calls")
     if len(follow_ups) != NUM_FOLLOW_UPS:
-        raise scan.error(f"{len(follow_ups)} add_choice calls, expected {NUM_FOLLOW_UPS}")
+        raise scan.error(f"{len(follow_ups)} add_choice calls, expected {NUM_FOLLOW_UPS}", kind="number of calls")
     scan.expect(END_OF_TURN)
     return Answer(tuple(fragments), tuple(follow_ups))
 
@@ -116,11 +122,11 @@ def _scan_choice(scan: _Scanner) -> FollowUp:
     scan.expect(",")
     confidence, start = scan.argument("confidence")
     if problem := confidence_problem(confidence):
-        raise scan.error(problem, start)
+        raise scan.error(problem, start, "confidence")
     scan.expect(",")
     target, start = scan.argument("target")
     if problem := target_problem(target):
-        raise scan.error(problem, start)
+        raise scan.error(problem, start, "target")
     return FollowUp(text, confidence, target)
 
 

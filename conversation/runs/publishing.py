@@ -51,6 +51,20 @@ def newest_attempt(root: Path = TRAINING_RUNS) -> RunFolder | None:
     return RunFolder(found[-1]) if found else None
 
 
+def attempt_to_resume(root: Path = TRAINING_RUNS) -> RunFolder | None:
+    """The newest attempt; None, and a line on the console, when the last one was published.
+
+    Raises UserError when there has been none.
+    """
+    attempt = newest_attempt(root)
+    if attempt is None and not (root / LATEST).exists():
+        raise UserError("there is no attempt to resume", "begin one: ./RETRAIN.sh")
+    if attempt is None:
+        latest = shown(root / LATEST)
+        print(f"Nothing to resume: no attempt is under way, the last published run is {latest}")
+    return attempt
+
+
 def publish(attempt: RunFolder, root: Path) -> RunFolder:
     """Give a finished attempt its final name and point `latest` at it. Raises UserError unless it passed its tests.
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback, TrainerState
@@ -17,10 +16,8 @@ from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.runs.files import cannot_write, file_hashes, find_damage, read_json, write_json
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import is_first_process
+from conversation.training.watch import Watched
 from conversation_config import KEPT_CHECKPOINTS
-
-if TYPE_CHECKING:
-    from conversation.training.trainer import ConversationTrainer
 
 CHECKPOINT_HASHES = "hashes.json"
 
@@ -49,7 +46,7 @@ def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exc
 class CheckpointKeeper(TrainerCallback):
     """Writes the hashes of a complete checkpoint's files. Only then it removes older checkpoints."""
 
-    trainer: ConversationTrainer | None = None
+    trainer: Watched | None = None
 
     def on_save(self, args, state, control, model, **kwargs):
         self.trainer.accelerator.wait_for_everyone()  # each process writes its random states

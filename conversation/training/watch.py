@@ -7,22 +7,32 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from conversation.errors import UserError
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    from conversation.training.trainer import ConversationTrainer
 
 EXPLOSION = 1.5
 """A run stops when the loss of a window exceeds this many times the loss at the start: adapters so much worse than none
 are not worth more time. The loss at the start is the held-out loss before the first step or, without held-out examples,
 that of the first window."""
+
+
+class Watched(Protocol):
+    """What the callbacks of a training need of its trainer."""
+
+    step_loss: float
+    accelerator: Accelerator
+
+    def evaluate(self) -> dict[str, float]: ...
+
+    def bad_numbers(self, problem: str) -> UserError: ...
 
 
 class Progress(TrainerCallback):
@@ -32,7 +42,7 @@ class Progress(TrainerCallback):
         self.run = run
         self.bar: tqdm | None = None
         self.signal: signal.Signals | None = None
-        self.trainer: ConversationTrainer | None = None
+        self.trainer: Watched | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -85,7 +95,7 @@ class Progress(TrainerCallback):
 class ExplosionGuard(TrainerCallback):
     """Stops a run whose loss explodes (see EXPLOSION)."""
 
-    trainer: ConversationTrainer | None = None
+    trainer: Watched | None = None
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:
