@@ -1,6 +1,7 @@
 """The floors: imports point one way, and the lower floors do not import torch."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -41,3 +42,15 @@ def test_no_module_is_too_long_to_read_at_once_and_only_one_knows_the_keys_of_th
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 350, path
         assert "record[" not in text, path
+
+
+def test_the_table_of_what_can_go_wrong_names_tests_that_exist():
+    table = (PROJECT / "tests" / "README.md").read_text(encoding="utf-8")
+    defined = {
+        node.name
+        for path in (PROJECT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(re.findall(r"`(test_\w+)`", table)) - defined == set()
+    assert [name for name in re.findall(r"\btests/\S+?\.py\b", table) if not (PROJECT / name).exists()] == []
