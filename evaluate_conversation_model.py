@@ -90,8 +90,7 @@ def evaluate(args: argparse.Namespace, folder: Path, fingerprint: str | None, tr
     from conversation.models.merged_model import load_verified
 
     model, tokenizer = load_verified(folder, fingerprint)
-    spread = training[:: max(1, len(training) // len(cases))]
-    return evaluate_model(model, tokenizer, folder.name, cases, spread, Decoding(args.decoding), args.short)
+    return evaluate_model(model, tokenizer, folder.name, cases, training, Decoding(args.decoding), args.short)
 
 
 if __name__ == "__main__":

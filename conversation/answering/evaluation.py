@@ -38,8 +38,8 @@ def evaluate(
 ) -> Evaluation:
     """Put the held-out cases to a model, and take every figure.
 
-    `training`: examples that the model was trained on, to compare losses with; may be empty. `short`: no sampled
-    answers, no embeddings.
+    `training`: the examples that the model was trained on; losses are compared on as many of them, evenly spread. It
+    may be empty. `short`: no sampled answers, no embeddings.
     """
     started = time.monotonic()
     scorer = Scorer(model, tokenizer)
@@ -79,10 +79,24 @@ def evaluate(
         seconds=round(time.monotonic() - started, 1),
         sets=sets,
         held_out_losses=scorer.losses_by_kind(held_out),
-        training_losses=scorer.losses_by_kind(training[: len(cases)]) if training else None,
-        notes=near.notes,
+        training_losses=scorer.losses_by_kind(training[:: max(1, len(training) // len(cases))][: len(cases)])
+        if training
+        else None,
+        notes=(*_untrained(cases, training), *near.notes),
         answers=tuple(answers),
     )
+
+
+def _untrained(cases: Sequence[HeldOutCase], training: Sequence[Example]) -> tuple[str, ...]:
+    """A note when known topics are not in the data that the model was trained on: for it they are unseen, too."""
+    if not training:
+        return ("The training data is not at hand: losses on it are left out.",)
+    targets = [each.target for example in training for each in example.answer.follow_ups]
+    known = {case.topic for case in cases if case.set_name == "known"}
+    missing = sorted(topic for topic in known if not any(target.startswith(f"{topic}_") for target in targets))
+    if not missing:
+        return ()
+    return (f"{len(missing)} of {len(known)} known topics are not in this run's training data: {', '.join(missing)}.",)
 
 
 def _ask(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conversation.data import strict_json
@@ -65,19 +65,32 @@ def read_jsonl(path: Path) -> list[Example]:
 
 
 def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> list[Example]:
-    """Examples from folders of conversation trees or JSONL files. Raises UserError."""
-    if not isinstance(paths, Path):
-        return [example for path in paths for example in read_training_data(path, domains)]
-    path = paths
-    if path.suffix == ".txt":
-        return [example for tree in read_listed_trees(path, domains) for example in tree.examples()]
-    if path.is_dir():
-        return [example for tree in read_trees(path, domains) for example in tree.examples()]
-    if not path.exists():
-        raise UserError(f"there is no training data at {path}", "--training_data takes a JSONL file or a tree folder")
-    if domains:
-        raise UserError("--domains needs a folder of conversation trees", f"{path} is a file")
-    return read_jsonl(path)
+    """Examples from folders of conversation trees, lists of core trees, or JSONL files. Raises UserError."""
+    return read_with_roots(paths, domains)[0]
+
+
+def read_with_roots(
+    paths: Path | Sequence[Path], domains: tuple[str, ...] = ()
+) -> tuple[list[Example], dict[str, str]]:
+    """The examples, and for each other way to ask a root question the question that it stands for.
+
+    Raises UserError.
+    """
+    examples: list[Example] = []
+    same_root: dict[str, str] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        if not path.exists():
+            problem = f"there is no training data at {path}"
+            raise UserError(problem, "--training_data takes a JSONL file or a tree folder")
+        if path.is_dir() or path.suffix == ".txt":
+            trees = read_trees(path, domains) if path.is_dir() else read_listed_trees(path, domains)
+            examples += [example for tree in trees for example in tree.examples()]
+            same_root.update({question: tree.question for tree in trees for question in tree.also_asked})
+        elif domains:
+            raise UserError("--domains needs a folder of conversation trees", f"{path} is a file")
+        else:
+            examples += read_jsonl(path)
+    return examples, same_root
 
 
 def to_jsonl(examples: Sequence[Example]) -> bytes:
@@ -90,14 +103,20 @@ def root_question(example: Example) -> str:
     return example.prompt.history[0].text if example.prompt.history else example.prompt.question
 
 
-def split_by_tree(examples: Sequence[Example], held_out_share: float) -> tuple[list[Example], list[Example]]:
+def split_by_tree(
+    examples: Sequence[Example], held_out_share: float, same_root: Mapping[str, str] | None = None
+) -> tuple[list[Example], list[Example]]:
     """Split into (training, held-out): whole trees are held out until `held_out_share` of the examples is reached.
 
+    `same_root`: for another way to ask a root question, the question that it stands for; without it every root
+    question is a tree of its own.
     The order of the trees comes from a hash of their root question, so a tree stays on its side when others are added.
     Both parts keep the order of `examples`. With a share of 0, or a single tree, nothing is held out; else one tree at
     least is: the first that is not far larger than the share, or the smallest.
     """
-    sizes = Counter(root_question(example) for example in examples)
+    aliases = same_root or {}
+    roots = [aliases.get(question, question) for question in map(root_question, examples)]
+    sizes = Counter(roots)
     wanted = held_out_share * len(examples)
     held_out: set[str] = set()
     taken = 0
@@ -112,5 +131,5 @@ def split_by_tree(examples: Sequence[Example], held_out_share: float) -> tuple[l
         taken += sizes[root]
     if not held_out and wanted > 0 and len(sizes) > 1:
         held_out.add(min(sizes, key=lambda root: (sizes[root], root)))
-    training = [example for example in examples if root_question(example) not in held_out]
-    return training, [example for example in examples if root_question(example) in held_out]
+    training = [example for example, root in zip(examples, roots, strict=True) if root not in held_out]
+    return training, [example for example, root in zip(examples, roots, strict=True) if root in held_out]

@@ -65,7 +65,7 @@ class DataStatistics(StructureCounts):
 
 
 def count_structure(examples: Sequence[Example]) -> StructureCounts:
-    """Count texts, choices, turns, trees and duplicates."""
+    """Count texts, choices, turns, root questions and duplicates."""
     texts = Counter(len(example.answer.fragments) for example in examples)
     turns = Counter(sum(u.speaker == "User" for u in example.prompt.history) + 1 for example in examples)
     repeated = Counter(example.text for example in examples)

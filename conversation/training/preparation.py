@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversation.data.examples import read_training_data, split_by_tree, to_jsonl
+from conversation.data.examples import read_with_roots, split_by_tree, to_jsonl
 from conversation.data.quality import assess
 from conversation.data.statistics import DataStatistics, LengthSummary, count_structure
 from conversation.data.trees import read_trees
@@ -90,7 +90,7 @@ class Prepared:
 
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check data, base model and tokenizer. Raises UserError. On disk only the model cache may change."""
-    examples = read_training_data(data_paths(config), config.domain_names)
+    examples, same_root = read_with_roots(data_paths(config), config.domain_names)
     base_folder = find_base_model(config.base_model)
     _, encoded, audited = audit(base_folder, examples)
     too_long = [
@@ -103,7 +103,7 @@ def prepare(config: TrainingConfig) -> Prepared:
             f"{len(too_long)} examples are longer than {config.max_length} tokens:\n{list_problems(too_long)}",
             "nothing is cut silently: shorten them, or raise --max_length",
         )
-    training, held_out = split_by_tree(examples, config.held_out_share)
+    training, held_out = split_by_tree(examples, config.held_out_share, same_root)
     ids_of = dict(zip((example.text for example in examples), encoded, strict=True))
     return Prepared(
         config,

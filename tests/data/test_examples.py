@@ -10,6 +10,7 @@ from conversation.data.examples import (
     parse_line,
     read_jsonl,
     read_training_data,
+    read_with_roots,
     root_question,
     split_by_tree,
     to_jsonl,
@@ -17,6 +18,7 @@ from conversation.data.examples import (
 from conversation.data.statistics import LengthSummary, count_structure
 from conversation.errors import UserError
 from conversation.format.calls import Example, Prompt
+from conversation_config import DATA_SETS
 
 
 def test_written_lines_are_the_lines_read(tmp_path, own_examples):
@@ -105,6 +107,15 @@ def test_the_split_stays_when_trees_are_added(own_examples):
     order = [root_question(e) for e in split_by_tree(half, 0.5)[1]]
     more = {root_question(e) for e in split_by_tree(own_examples, 0.5)[1]}
     assert len(set(order) & more) > 0.8 * len(set(order))
+
+
+def test_every_way_to_ask_a_root_question_is_on_the_same_side():
+    examples, same_root = read_with_roots(DATA_SETS["starter"])
+    training, held_out = split_by_tree(examples, 0.1, same_root)
+    topics = [{example.answer.follow_ups[0].target.split("_")[0] for example in part} for part in (training, held_out)]
+    assert len(held_out) % 10 == 0 and len(held_out) == pytest.approx(150, abs=10)
+    roots = [{same_root.get(root_question(e), root_question(e)) for e in part} for part in (training, held_out)]
+    assert not roots[0] & roots[1] and len(roots[1]) == len(held_out) // 10 and topics[1]
 
 
 def test_nothing_is_held_out_of_a_single_tree_or_for_a_share_of_zero(own_examples):
