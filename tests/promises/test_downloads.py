@@ -99,7 +99,7 @@ def test_an_archive_with_another_hash_is_refused(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(package, "assemble", assemble_a_changed_one)
-    with pytest.raises(UserError, match="another SHA-256 than the expected one"):
+    with pytest.raises(UserError, match="is not the expected one"):
         stand_in.prepare_stand_in(tmp_path)
     assert not (tmp_path / stand_in.STAND_IN_FOLDER).exists() and not list(tmp_path.glob("*.part"))
 
