@@ -1,5 +1,7 @@
 """The core set keeps the rules that make it learnable, and the evaluation's questions stay out of all training data."""
 
+import csv
+import json
 from collections import Counter
 from statistics import fmean
 
@@ -15,11 +17,18 @@ from conversation.data.core import (
     rule_problems,
 )
 from conversation.data.examples import read_training_data
-from conversation.data.quality import words
+from conversation.data.quality import assess, words
 from conversation.data.questions import THREE_CASES, read_held_out, read_questions
 from conversation.data.trees import read_listed_trees, read_trees
 from conversation.format.calls import Answer, FollowUp
-from conversation_config import CORE_TREES, DATA_SETS, EVALUATION_QUESTIONS, HELD_OUT_QUESTIONS, STARTER_TOPICS
+from conversation_config import (
+    CORE_TREES,
+    DATA_SETS,
+    EVALUATION_QUESTIONS,
+    EXPERT_TREES,
+    HELD_OUT_QUESTIONS,
+    STARTER_TOPICS,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +39,18 @@ def trees():
 @pytest.fixture(scope="module")
 def nodes(trees):
     return [(name, answer) for tree in trees for name, answer in tree.nodes.items()]
+
+
+@pytest.fixture(scope="module")
+def card():
+    """data/README.md, its line breaks as spaces."""
+    return " ".join((CORE_TREES.parent / "README.md").read_text(encoding="utf-8").split())
+
+
+@pytest.fixture(scope="module")
+def scores():
+    with (CORE_TREES.parent / "core_scores.tsv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +132,120 @@ def test_the_held_out_sets_are_fifty_each_half_of_them_follow_ups(held_out):
     }
     assert set(Counter((case.set_name, case.domain) for case in held_out).values()) == {10}
     assert all(0 <= case.followed < 3 for case in held_out)
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def missing(card, *sentences):
+    return [sentence for sentence in sentences if sentence not in card]
+
+
+def test_the_card_tells_the_size_and_shape_of_the_core_set(card, trees, nodes):
+    examples = [example for tree in trees for example in tree.examples()]
+    starter = [example for tree in read_listed_trees(STARTER_TOPICS) for example in tree.examples()]
+    wordings = {
+        part: [
+            len(answer.fragments)
+            for tree in trees
+            for name in tree.nodes
+            if (name == tree.name) == (part == "roots")
+            for answer in tree.wordings(name)
+        ]
+        for part in ("roots", "children")
+    }
+    roots, children = Counter(wordings["roots"]), Counter(wordings["children"])
+    texts = {choice.text for _, answer in nodes for choice in answer.follow_ups}
+    asked_at_root = sum(not example.prompt.history for example in examples)
+    assert roots.keys() == {3}
+    assert not missing(
+        card,
+        f"{len(trees)} topics, {len(nodes):,} nodes, {len(examples):,} examples",
+        f"150 of the core topics ({len(starter):,} examples)",
+        f"{asked_at_root:,} examples ask a root, {len(examples) - asked_at_root:,} a child",
+        f"{sum(wordings['roots'] + wordings['children']):,} fragments, all different,"
+        f" in {roots.total() + children.total():,} wordings: the {roots[3]:,} of the roots have three each;"
+        f" of the {children.total():,} of the children {children[2]:,} have two and {children[3]} three",
+        f"{3 * len(nodes):,}, of which {len(texts):,} differ in text",
+    )
+
+
+def test_the_card_tells_the_lengths_and_confidences_of_the_core_set(card, trees):
+    quality = assess(trees)
+    question, fragment, follow_up = (
+        f"{lengths.mean:.0f} ({lengths.max})"
+        for lengths in (quality.question_lengths, quality.fragment_lengths, quality.follow_up_lengths)
+    )
+    first, second, third = quality.mean_confidence_by_rank
+    between = sum(pair.first.place.tree != pair.second.place.tree for pair in quality.near_fragments)
+    assert quality.repeated_fragments == quality.unordered_confidences == quality.repeated_follow_ups == ()
+    assert not missing(
+        card,
+        f"root questions, first form {question}, fragments {fragment}, follow-ups {follow_up}",
+        f"{first:.2f}, {second:.2f} and {third:.2f} on average, always falling,"
+        f" {quality.mean_confidence_gap:.2f} from first to third",
+        f"{len(quality.repeated_questions)} pairs of topics share an own or vs question",
+        f"{between} pairs of fragments of different topics",
+    )
+    assert len(quality.boilerplate) == 6
+
+
+def test_the_card_tells_the_kinds_openers_and_triples_of_the_core_set(card, trees, nodes):
+    choices = [(kind_of(choice.target, name), choice) for name, answer in nodes for choice in answer.follow_ups]
+    offered = Counter(kind for kind, _ in choices)
+    answered = Counter(kind_of(c.target, tree.name) for tree in trees for c in tree.nodes[tree.name].follow_ups)
+    for kind, count in offered.items():
+        row = card[card.index(f'| {kind} | "') :].split("|")
+        assert [cell.strip() for cell in row[3:5]] == [f"{count:,}", f"{answered[kind]:,}"], kind
+    assert all(is_stock(choice.text) == (kind not in ("own", "vs")) for kind, choice in choices)
+    compared = {(t.name, c.target) for t in trees for c in t.nodes[t.name].follow_ups if "_vs_" in c.target}
+    both_ways = sum(
+        (target[len(name) + 4 :], f"{target[len(name) + 4 :]}_vs_{name}") in compared for name, target in compared
+    )
+    perplexities = [
+        opener_perplexity(a.fragments[i] for tree in trees for a in tree.wordings(tree.name)) for i in range(3)
+    ]
+    first, second, third = (f"{value:.1f}" for value in perplexities)
+    assert not missing(
+        card,
+        f"{sum(is_stock(choice.text) for _, choice in choices) / len(choices):.0%}".replace(
+            "%", " % of the follow-ups"
+        ),
+        f"In {both_ways} of the {answered['vs']} answered comparisons",
+        f"{first}, {second} and {third}, where the expert answers",
+    )
+    triples = Counter(tuple(each.confidence for each in answer.follow_ups) for _, answer in nodes)
+    cells = [f"| {' '.join(triple)} ({count}) |" for triple, count in triples.items()]
+    assert not missing(card, f"The {len(triples)} triples", f"{len(nodes):,} answers have each", *cells)
+
+
+def test_the_card_shows_a_core_tree_as_it_is(trees):
+    text = (CORE_TREES.parent / "README.md").read_text(encoding="utf-8")
+    shown = json.loads(text.split("```json\n")[1].split("```")[0])
+    whole = json.loads((CORE_TREES / "systems" / f"{shown['root']}.json").read_text(encoding="utf-8"))
+    assert shown == {**whole, "nodes": {name: whole["nodes"][name] for name in shown["nodes"]}}
+
+
+def test_the_card_tells_the_marks_of_the_second_readers(card, trees, scores):
+    places = [(row["domain"], row["topic"]) for row in scores]
+    assert places == sorted(set(places)) and set(places) <= {(tree.domain, tree.name) for tree in trees}
+    assert {row[measure] for row in scores for measure in ("truth", "relevance")} <= {"0", "1", "2"}
+    domains = sorted({domain for domain, _ in places})
+    groups = [*([row for row in scores if row["domain"] == domain] for domain in domains), scores]
+    for measure in ("truth", "relevance"):
+        means = " | ".join(f"{fmean(int(row[measure]) for row in rows):.2f}" for rows in groups)
+        assert f"| {measure} | {means} |" in card
+    assert f"| topics marked | {' | '.join(str(len(rows)) for rows in groups)} |" in card
+    best = sum(row["truth"] == row["relevance"] == "2" for row in scores)
+    assert f"{best} of the {len(scores)} have both marks at 2" in card
+
+
+def test_the_card_tells_how_the_sets_overlap(card, trees):
+    expert = read_trees(EXPERT_TREES)
+    names = {tree.name for tree in trees} & {tree.name for tree in expert}
+    roots = {tuple(words(tree.question)) for tree in expert}
+    shared = sum(any(tuple(words(question)) in roots for question in tree.questions) for tree in trees)
+    assert f"{len(names)} topics have one name in both, and {shared} core topics are asked at a root" in card
 
 
 # --- the rules themselves --------------------------------------------------------------------------------------------
