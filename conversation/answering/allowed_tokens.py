@@ -58,14 +58,14 @@ class AllowedTokens:
     def after(self, kind: Value, text: str) -> Tensor:
         """Mask [vocabulary] of the tokens that may follow `text` in a value: those that go on with it, and `<escape>`
         where it may end."""
-        room = MAX_CHARACTERS[kind] - len(text)
+        left = MAX_CHARACTERS[kind] - len(text)
         if kind is Value.CONFIDENCE:
             allowed = self._mask([token for token in self._number if may_go_on(kind, text + self.texts[token])])
         elif kind is Value.TARGET:
             allowed = self._target if text and text[-1] != "_" else self._target_start
-            allowed = allowed & (self._lengths + self._underscore_last.int() <= room)
+            allowed = allowed & (self._lengths + self._underscore_last.int() <= left)
         else:
-            allowed = (self._line if text else self._not_blank) & (self._lengths <= room)
+            allowed = (self._line if text else self._not_blank) & (self._lengths <= left)
             for token in self._closing if "<" in text else ():  # no control token may be spelled out, either
                 if not may_go_on(kind, text + self.texts[token]):
                     allowed[token] = False

@@ -102,8 +102,8 @@ def _untrained(cases: Sequence[HeldOutCase], training: Sequence[Example]) -> tup
 def _ask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[HeldOutCase], decoding: Decoding
 ) -> list[Verdict]:
-    said = generate_answers(model, tokenizer, [case.prompt for case in cases], decoding)
-    return [judge(Case(case.topic, case.prompt), tokenizer, ids) for case, ids in zip(cases, said, strict=True)]
+    outputs = generate_answers(model, tokenizer, [case.prompt for case in cases], decoding)
+    return [judge(Case(case.topic, case.prompt), tokenizer, ids) for case, ids in zip(cases, outputs, strict=True)]
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -147,19 +147,19 @@ def _evaluated(
     rank: int,
     confidences: tuple[float, ...],
 ) -> EvaluatedAnswer:
-    said = verdict.for_record()
+    recorded = verdict.for_record()
     theirs = [each.probability for each in case.answer.follow_ups]
     return EvaluatedAnswer(
         set_name=case.set_name,
         domain=case.domain,
         topic=case.topic,
-        question=said.question,
-        history=said.history,
-        output=said.output,
-        problem=said.problem,
+        question=recorded.question,
+        history=recorded.history,
+        output=recorded.output,
+        problem=recorded.problem,
         break_kind=verdict.kind,
-        texts=said.texts,
-        choices=said.choices,
+        texts=recorded.texts,
+        choices=recorded.choices,
         sampled_problem=sample.problem if sample else None,
         sampled=sample is not None,
         right_of_five=is_right,

@@ -72,7 +72,7 @@ def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = 
 def read_with_roots(
     paths: Path | Sequence[Path], domains: tuple[str, ...] = ()
 ) -> tuple[list[Example], dict[str, str]]:
-    """The examples, and for each other way to ask a root question the question that it stands for.
+    """The examples, and for each other wording of a root question its first wording.
 
     Raises UserError.
     """
@@ -108,8 +108,8 @@ def split_by_tree(
 ) -> tuple[list[Example], list[Example]]:
     """Split into (training, held-out): whole trees are held out until `held_out_share` of the examples is reached.
 
-    `same_root`: for another way to ask a root question, the question that it stands for; without it every root
-    question is a tree of its own.
+    `same_root`: for another wording of a root question, its first wording; without it every root question is a tree
+    of its own.
     The order of the trees comes from a hash of their root question, so a tree stays on its side when others are added.
     Both parts keep the order of `examples`. With a share of 0, or a single tree, nothing is held out; else one tree at
     least is: the first that is not far larger than the share, or the smallest.

@@ -1,8 +1,8 @@
 """How good a set of conversation trees is, as far as a program can tell.
 
 `assess` counts and compares: sizes per domain, shapes, lengths, confidences, repeated and nearly repeated questions and
-fragments, boilerplate. `Quality.problems` holds it against what this project asks of its own trees; for anybody else's
-the figures inform. Whether a text is true, and whether it answers its question, only a reader can say.
+fragments, boilerplate. The figures inform; what this project asks of its own trees is in tests/data/test_quality.py. Whether a
+text is true, and whether it answers its question, only a reader can tell.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from conversation.data.trees import Tree
 from conversation.errors import list_problems
 from conversation.format.calls import Answer
 
-MIN_TREES, MIN_EXAMPLES, MIN_DOMAINS, MIN_TREES_PER_DOMAIN = 151, 1200, 5, 25
-MIN_MEAN_GAP = 0.25  # between the largest and the smallest confidence of a node
-MAX_VALUE_SHARE = 0.06  # of all confidences, for any single value
-MIN_SHARE_OF_2_AND_4 = 0.10  # of the nodes, for those with 2 texts and for those with 4
 MAX_FRAGMENT, MAX_FOLLOW_UP = 80, 40  # characters
 LONG_PATH = 4  # turns
 NEAR_QUESTION, NEAR_FRAGMENT = 0.5, 0.55
@@ -47,7 +43,7 @@ TEST_SUBJECT = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a text stands: `domain/tree` and the node."""
+    """The place of a text: `domain/tree` and the node."""
 
     tree: str
     node: str
@@ -110,46 +106,8 @@ class Quality:
     near_questions: tuple[Pair, ...]
     near_fragments: tuple[Pair, ...]
 
-    @property
-    def problems(self) -> list[str]:
-        """Where the set falls short of what this project asks of its own trees; empty when nowhere."""
-        shares = self.texts_per_node
-        demands = (
-            (self.trees >= MIN_TREES, f"{self.trees} trees, not {MIN_TREES}"),
-            (self.examples >= MIN_EXAMPLES, f"{self.examples} examples, not {MIN_EXAMPLES}"),
-            (len(self.trees_by_domain) >= MIN_DOMAINS, f"{len(self.trees_by_domain)} domains, not {MIN_DOMAINS}"),
-            *(
-                (count >= MIN_TREES_PER_DOMAIN, f"{count} trees in {domain}, not {MIN_TREES_PER_DOMAIN}")
-                for domain, count in self.trees_by_domain.items()
-            ),
-            *(
-                (shares.get(n, 0) >= MIN_SHARE_OF_2_AND_4, f"{shares.get(n, 0):.1%} of the nodes have {n} texts")
-                for n in (2, 4)
-            ),
-            (1 in shares, "no node has a single text"),
-            (max(shares, key=lambda n: shares[n]) == 3, "3 texts are not the commonest number"),
-            (self.trees_with_long_paths > 0, f"no path has {LONG_PATH} turns"),
-            (self.wide_nodes > 0, "no node has all three choices followed"),
-            (self.mean_confidence_gap >= MIN_MEAN_GAP, f"mean confidence gap {self.mean_confidence_gap:.3f}"),
-            (
-                self.commonest_confidence_share <= MAX_VALUE_SHARE,
-                f"{self.commonest_confidence_share:.1%} of the confidences are {self.commonest_confidence}",
-            ),
-        )
-        found = [problem for met, problem in demands if not met]
-        for name in (
-            "repeated_questions",
-            "repeated_fragments",
-            "unordered_confidences",
-            "too_long",
-            "boilerplate",
-            "test_questions",
-        ):
-            found += [f"{name.replace('_', ' ')}: {item}" for item in getattr(self, name)]
-        return found
-
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON. Without `problems`, which are for the project's own trees."""
+        """Ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

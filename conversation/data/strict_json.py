@@ -43,7 +43,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise JsonError(f"the key {key[:40]!r} stands twice in one object")
+            raise JsonError(f"the key {key[:40]!r} occurs twice in one object")
         found[key] = value
     return found
 

@@ -2,7 +2,7 @@
 
 A tree is one JSON file, `<domain>/<root>.json`: a root question and nodes, each with 1 to 4 texts and 3 choices. The
 format is `data/conversation_tree.schema.json`, which `read_tree` enforces together with what a schema cannot say:
-each target stands once, every node is reached from the root, and by one choice only.
+each target occurs once, and exactly one choice leads to every node but the root.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Tree:
             name, prompt = todo.pop()
             answer = self.nodes[name]
             yield name, prompt, answer
-            said = (
+            history = (
                 *prompt.history,
                 Utterance("User", prompt.question),
                 *(Utterance("AI", text) for text in answer.fragments),
             )
             children = [choice for choice in answer.follow_ups if choice.target in self.nodes]
-            todo += [(choice.target, Prompt(choice.text, said)) for choice in reversed(children)]
+            todo += [(choice.target, Prompt(choice.text, history)) for choice in reversed(children)]
 
     def examples(self) -> list[Example]:
         """The training examples, in the order of `walk`: each question and each wording occurs at least once.

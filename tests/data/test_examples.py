@@ -47,7 +47,7 @@ BAD_LINES = {
     b'{"txt": "x"}': "no `text`",
     b'{"text": 5}': "not a string",
     b'{"text": "hello"}': "not in the text format",
-    b'{"text": "a", "text": "b"}': "stands twice",
+    b'{"text": "a", "text": "b"}': "occurs twice",
     b'{"text": NaN}': "NaN",
     b'{"text": "\\ud800"}': "surrogate",
     b'{"text": "a\\u0000b"}': "NUL",

@@ -181,7 +181,7 @@ def test_every_problem_of_a_tree_is_told_at_once():
         (b"[]", "not of type 'object'"),
         (b"null", "not of type 'object'"),
         (b'{"question": "\xff"}', "not UTF-8"),
-        (b'{"question": "A?", "question": "B?"}', "stands twice"),
+        (b'{"question": "A?", "question": "B?"}', "occurs twice"),
         (b'{"question": NaN}', "not JSON"),
         (b'{"question": "\\ud800"}', "surrogate"),
         (b"[" * 100_000, "nested too deeply"),

@@ -116,7 +116,7 @@ STRANGE_LINES = {
     "a surrogate as bytes": (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
     "a carriage return alone": (b'{"text": "x"}\r{"text": "y"}', "Extra data"),
     "a BOM in the middle": (b'\xef\xbb\xbf{"text": "x"}', "not JSON"),
-    "a duplicate key": (b'{"text": "x", "text": "x"}', "stands twice"),
+    "a duplicate key": (b'{"text": "x", "text": "x"}', "occurs twice"),
     "NaN": (b'{"text": "x", "a": NaN}', "NaN is not JSON"),
     "Infinity": (b'{"text": "x", "a": -Infinity}', "-Infinity is not JSON"),
     "a number too large": (b'{"text": "x", "a": 1e999}', "too large"),
