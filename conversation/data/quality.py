@@ -1,8 +1,8 @@
 """How good a set of conversation trees is, as far as a program can tell.
 
 `assess` counts and compares: sizes per domain, shapes, lengths, confidences, repeated and nearly repeated questions and
-fragments, boilerplate. The figures inform; what this project asks of its own trees is in tests/data/test_quality.py. Whether a
-text is true, and whether it answers its question, only a reader can tell.
+fragments, boilerplate. The figures inform; what this project asks of its own trees is in tests/data/test_quality.py.
+Whether a text is true, and whether it answers its question, only a reader can tell.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEST_SUBJECT = re.compile(
     r"|^\W*(?:an? )?examples?\W*$",
     re.IGNORECASE,
 )
-"""What the structural tests ask about (`structural_tests.THREE_CASES`): no tree may have it as its root question."""
+"""What the structural tests ask about (`questions.THREE_CASES`): no tree may have it as its root question."""
 
 
 @dataclass(frozen=True)
