@@ -7,13 +7,16 @@
 #
 # Every other flag goes to train_conversation.py (see its --help), for example --learning_rate 2e-5.
 # Exit status: 0 published; 1 tried and failed; 2 not started; 129, 130 or 143 stopped; can be resumed.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with another shell
 set -euo pipefail
+set +o posix # from POSIXLY_CORRECT, or called as sh
 self=${BASH_SOURCE[0]}
 while [ -L "$self" ]; do # called through a link: the project is beside the file itself
-    link=$(readlink "$self")
-    case "$link" in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
+    link=$(readlink -- "$self")
+    case "$link" in /*) self=$link ;; *) self=$(dirname -- "$self")/$link ;; esac
 done
 project=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
+# shellcheck source=scripts/stages.sh
 source "$project/scripts/stages.sh" # stage, run, bookkeeping; reactions to a signal and to a failure
 
 help_or_go_on "$@"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from conversation.environment import home_folder
 from conversation.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent
@@ -30,8 +31,6 @@ DATA_SETS = {
     "starter": (STARTER_TOPICS,),
 }
 """The project's own training data, by the names that --training_data takes. What each is for: data/README.md."""
-
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conversation-training"
 
 FUNCTION_GEMMA = "google/functiongemma-270m-it"
 STAND_IN = "gemma-3-270m"
@@ -202,6 +201,19 @@ def path_from_anywhere(name: str) -> str:
     return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT and not named else name
 
 
+def cache_folder() -> Path:
+    """Where what is made once a machine stays. Raises UserError when no variable gives a place."""
+    named = Path(os.environ.get("XDG_CACHE_HOME") or ".")
+    if named.is_absolute():  # the specification ignores a relative one
+        return named / "conversation-training"
+    if home := home_folder():
+        return home / ".cache" / "conversation-training"
+    raise UserError(
+        "there is no place for the model cache: HOME is not a folder, and XDG_CACHE_HOME is not set",
+        "set XDG_CACHE_HOME to a folder that can be written",
+    )
+
+
 def set_up_libraries() -> None:
     """Settings that libraries read when they are loaded; what the user has set stays.
 
@@ -212,4 +224,5 @@ def set_up_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ["MPLBACKEND"] = "agg"  # plots are files; a notebook's leftover would fail
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -16,7 +16,10 @@ Exit status: 0 evaluated; 2 not started.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from conversation.data.examples import read_jsonl
 from conversation.data.questions import read_held_out

@@ -10,8 +10,11 @@ given the logits of base and adapters. Exit status: 0 merged and verified; 1 tri
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from conversation.data.examples import read_jsonl
 from conversation.errors import CommandLine, UserError, run_main

@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # Only the training, in the prepared environment; every flag goes to train_conversation.py (see its --help).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with another shell
 set -euo pipefail
+set +o posix # from POSIXLY_CORRECT, or called as sh
 self=${BASH_SOURCE[0]}
 while [ -L "$self" ]; do # called through a link: the project is beside the file itself
-    link=$(readlink "$self")
-    case "$link" in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
+    link=$(readlink -- "$self")
+    case "$link" in /*) self=$link ;; *) self=$(dirname -- "$self")/$link ;; esac
 done
 project=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
-case " $* " in *" --help "* | *" -h "*) exec python3 "$project/train_conversation.py" --help ;; esac # needs no environment
+# shellcheck source=scripts/environment.sh
 source "$project/scripts/environment.sh"
+case " $* " in
+    *" --help "* | *" -h "*) python=$(find_python) && exec "$python" "$project/train_conversation.py" --help ;; # no .venv
+esac
 python=$(cd "$project" && prepare_environment requirements.txt)
 exec "$python" "$project/train_conversation.py" "$@"

@@ -13,8 +13,11 @@ Exit status: 0 all three passed; 1 one failed; 2 not started.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from conversation.data.questions import read_questions
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main

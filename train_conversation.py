@@ -15,11 +15,12 @@ Exit status: 0 trained; 1 tried and failed; 2 not started; 130 or 143 stopped by
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from conversation.data.examples import to_jsonl
 from conversation.errors import CommandLine, UserError, run_main
@@ -69,8 +70,8 @@ def parse_flags() -> argparse.Namespace:
         raise UserError("--json goes with --check_data")
     if args.attempt and (args.run_dir or args.check_data):
         raise UserError("RETRAIN.sh names the run folder itself and always trains", "see ./RETRAIN.sh --help")
-    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
+    if args.fp16 or args.bf16:
+        precision = "fp16" if args.fp16 else "bf16"
         raise UserError(f"{precision} is refused", "train in FP32: Gemma 3's activations overflow to NaN in FP16")
     return args
 
@@ -146,4 +147,4 @@ def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftMode
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several_processes=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+from conversation import environment
 
 NOT_STARTED = 2  # bad flag, bad data, no model
 TRIED_AND_FAILED = 1  # a test failed, the loss was not finite
@@ -52,6 +56,8 @@ def as_user_error(error: BaseException) -> UserError | None:
     """The error for what ended a script; None for a defect of ours, which keeps its traceback, and for a plain exit."""
     if isinstance(error, UserError):
         return error
+    if isinstance(error, environment.Unusable):
+        return UserError(str(error), error.hint)
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
         hint = "finished work is saved; go on with the same command and --resume"
@@ -65,8 +71,10 @@ def as_user_error(error: BaseException) -> UserError | None:
     return None
 
 
-def run_main(main: Callable[[], int]) -> None:
-    """Run a script's `main` and exit with its status."""
+def run_main(main: Callable[[], int], several_processes: bool = False) -> None:
+    """Run a script's `main` and exit with its status. `several_processes`: it may be started by torchrun."""
+    environment.open_missing_streams()
+    environment.restart_if_misled()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not stop the work
@@ -74,17 +82,33 @@ def run_main(main: Callable[[], int]) -> None:
         if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP: leave that
             signal.signal(number, _interrupt)
     try:
-        if any("\udc80" <= character <= "\udcff" for argument in sys.argv[1:] for character in argument):
-            raise UserError("an argument is not UTF-8", "rename the file or folder")
-        sys.exit(main())
+        if not {"-h", "--help"} & set(sys.argv[1:]):
+            for warning in environment.check(several_processes):
+                print(f"warning: {warning}", file=sys.stderr)
+        try:
+            status = main()
+        except SystemExit as end:  # --help
+            status = end.code if isinstance(end.code, int) else 0
+        _flush_output()
+        sys.exit(status)
     except BaseException as error:
         found = as_user_error(error)
         if found is None:
             raise  # a defect, or sys.exit
-        print(f"error: {found}", file=sys.stderr)
-        if found.hint:
-            print(f"hint: {found.hint}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(f"error: {found}", file=sys.stderr)
+            if found.hint:
+                print(f"hint: {found.hint}", file=sys.stderr)
         sys.exit(found.exit_status)
+
+
+def _flush_output() -> None:
+    """Write what is buffered. Raises UserError when standard output takes no more: a full disk, a closed pipe."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        raise UserError(f"standard output cannot be written: {error.strerror}", "", TRIED_AND_FAILED) from None
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -1,6 +1,9 @@
+# shellcheck shell=bash disable=SC2154 # RETRAIN.sh sets `project`
 # Sourced by RETRAIN.sh, which sets `project`: its stages, and the reactions to a signal and to a failure.
 
+# shellcheck source=scripts/environment.sh
 source "$project/scripts/environment.sh"
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # left over: a retrain is one process
 root=$project/training-runs/conversation
 stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
 number=0 name='' child='' stopped=0 attempt=''
@@ -10,7 +13,7 @@ help_or_go_on() {
     local flag
     for flag in "$@"; do
         case "$flag" in
-            -h | --help) sed -n '2,/^set -e/p' "$project/RETRAIN.sh" | sed -e '/^set -e/d' -e 's/^# \{0,1\}//'; exit 0 ;;
+            -h | --help) sed -n -e '1d' -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$project/RETRAIN.sh"; exit 0 ;;
             --run_dir* | --check_data | --json | --attempt)
                 printf 'error: %s is not for RETRAIN.sh\nhint: it goes to train_conversation.py\n' "$flag" >&2
                 exit 2
@@ -41,11 +44,12 @@ bookkeeping() {
 
 # one_retrain_at_a_time   take a lock that lasts as long as this shell or a child of it
 one_retrain_at_a_time() {
-    if ! { mkdir -p "$root/attempts" && exec 9<>"$root/attempts/.lock"; } 2>/dev/null; then # also for reading: it names its owner
+    if ! (mkdir -p "$root/attempts" && exec 9<>"$root/attempts/.lock") 2>/dev/null; then
         printf 'error: cannot write into %s\n' "$root" >&2
         echo "hint: make it writable, or clone the project into a folder of yours" >&2
         exit 2
     fi
+    exec 9<>"$root/attempts/.lock" # also for reading: it names its owner
     bookkeeping lock 9
 }
 

@@ -3,10 +3,13 @@
 #   tests/run.sh            the fast tests and those on the 270M stand-in
 #   tests/run.sh -m slow    the long ones (see pyproject.toml); every flag goes to pytest
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 python=$(prepare_environment requirements.txt requirements-test.txt)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
+"$(dirname -- "$python")/shellcheck" --external-sources \
+    RETRAIN.sh run_conversation_training.sh scripts/*.sh tests/run.sh .ci/run
 exec "$python" -m pytest "$@"

@@ -9,7 +9,7 @@ from conversation.errors import UserError
 from conversation.models.audit import check_control_tokens
 from conversation.models.stand_in import prepare_stand_in
 from conversation.models.tokenizer import load_tokenizer
-from conversation_config import PROJECT, STAND_IN
+from conversation_config import PROJECT, STAND_IN, cache_folder
 
 
 def find_base_model(name: str) -> Path:
@@ -31,6 +31,8 @@ def find_base_model(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
+    if not any(os.environ.get(variable) for variable in ("HF_HOME", "HF_HUB_CACHE")):
+        cache_folder()  # without a home, the hub's cache would be a folder `~` in the working folder
     from huggingface_hub import errors, snapshot_download
 
     stand_in = f"or train the stand-in, which needs no account: --base_model {STAND_IN}"

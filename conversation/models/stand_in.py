@@ -28,7 +28,7 @@ from conversation.runs.files import (
     sha256_file,
     write_json,
 )
-from conversation_config import CACHE, STAND_IN
+from conversation_config import STAND_IN, cache_folder
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 STAND_IN_PARAMETERS = 268_098_176
@@ -40,15 +40,16 @@ STAND_IN_FOLDER = f"{STAND_IN}-3"  # the number counts versions of the preparati
 MANIFEST = "prepared.json"
 
 
-def prepare_stand_in(cache: Path = CACHE) -> Path:
-    """The stand-in as an ordinary model folder, converted once (about a minute) and cached.
+def prepare_stand_in(cache: Path | None = None) -> Path:
+    """The stand-in as an ordinary model folder, converted once (about a minute) and cached; see `cache_folder`.
 
     The folder gets its name only when it is complete. Two processes do not collide. A broken folder is made again.
     """
     from safetensors import SafetensorError
 
+    cache = cache or cache_folder()
     folder = cache / STAND_IN_FOLDER
-    make_folder(cache)
+    make_folder(cache, "set XDG_CACHE_HOME to a folder that can be written")
     with _waiting_lock(cache / f"{STAND_IN_FOLDER}.lock"):
         if folder.exists():
             problem = _manifest_problem(folder)

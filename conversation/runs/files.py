@@ -85,11 +85,11 @@ def remove_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, hint: str = "name another with --run_dir") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}", "name another with --run_dir") from None
+        raise UserError(f"cannot make the folder {path}: {error.strerror}", hint) from None
 
 
 def write_json(path: Path, value: Any) -> None:

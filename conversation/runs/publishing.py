@@ -139,7 +139,7 @@ def main() -> int:
         return 0
     attempt = newest_attempt(args.root)
     if args.command == "newest":
-        print(attempt.path if attempt else "")
+        sys.stdout.buffer.write(os.fsencode(attempt.path) + b"\n" if attempt else b"\n")  # whatever a terminal can show
         return 0
     if attempt is None:
         raise UserError("there is no attempt to publish", "begin one: ./RETRAIN.sh")

@@ -142,7 +142,7 @@ def print_statistics(prepared: Prepared, as_json: bool) -> None:
     quality = assess([tree for path in paths for tree in read_trees(path)]) if whole_trees else None
     found = {**dataclasses.asdict(prepared.statistics), "tokenizer_fingerprint": prepared.audit.fingerprint}
     if as_json:
-        print(json.dumps({**found, "quality": quality and quality.as_dict()}, ensure_ascii=False))
+        print(json.dumps({**found, "quality": quality and quality.as_dict()}))
         return
     for name, value in found.items():
         if isinstance(value, dict):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
+from conversation.errors import UserError
 from conversation.runs.machine import number_of_processes
 
 if TYPE_CHECKING:
@@ -27,8 +30,19 @@ def wait_for_first() -> None:
 
 
 def _connect() -> PartialState:
+    """Meet the other processes. Raises UserError when they do not come."""
     from accelerate import PartialState
+    from torch.distributed import DistError
 
     from conversation.models.weights import training_device
 
-    return PartialState(cpu=training_device() == "cpu")
+    rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if not PartialState._shared_state:
+        print(f"Process {rank} of {size} meets the others at {address}:{port} ...", file=sys.stderr, flush=True)
+    try:
+        return PartialState(cpu=training_device() == "cpu")
+    except DistError as error:
+        raise UserError(
+            f"the {size} processes that WORLD_SIZE asks for do not meet at {address}:{port}: {str(error).splitlines()[0]}",
+            "start them with accelerate launch or torchrun; for one process, unset WORLD_SIZE",
+        ) from None
