@@ -188,6 +188,12 @@ def make_home(target: Path, own_examples: list[Example]) -> Path:
     return target
 
 
+def current_umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
 def lay_into_hub_cache(home, model_folder, name=FUNCTION_GEMMA):
     """Make a hub cache, as a download leaves it, with a model folder under a hub name."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
