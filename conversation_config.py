@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ class TrainingConfig:
     )
     warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
-    max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm when it is longer")
+    max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm when it is longer (0: never)")
     per_device_train_batch_size: int = setting(1, "examples per device and accumulation step")
     gradient_accumulation_steps: int = setting(8, "accumulation steps per optimizer step")
     max_length: int = setting(2048, "longest example in tokens; a longer one is an error, never cut")
@@ -109,6 +111,8 @@ class TrainingConfig:
             problems.append(
                 f"--num_train_epochs must be greater than 0 and at most {MAX_EPOCHS}, not {self.num_train_epochs}"
             )
+        if self.domains and not self.domain_names:
+            problems.append(f"--domains names no domain: {self.domains!r}")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             problems.append(
                 f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: --learning_rate must be greater, "
@@ -119,7 +123,7 @@ class TrainingConfig:
 
     @property
     def domain_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.domains.split(",") if name.strip())
+        return names_in(self.domains)
 
     @property
     def examples_per_step(self) -> int:
@@ -194,6 +198,11 @@ def flags_of(config: TrainingConfig) -> list[str]:
     return min(found, key=len)
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in a list with commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def path_from_anywhere(name: str) -> str:
     """A path in the working folder, absolute unless that is the project's, so that it is found from elsewhere, too."""
     path = Path(os.path.expanduser(name))
@@ -214,8 +223,27 @@ def cache_folder() -> Path:
     )
 
 
+def hub_settings(environ: Mapping[str, str]) -> list[str]:
+    """What is set for the hub's client and the network, as NAME=value; passwords and tokens are not shown."""
+    found = []
+    for name, value in sorted(environ.items()):
+        if not value or not _OF_THE_HUB.fullmatch(name) or name in _NOT_OF_THE_NETWORK:
+            continue
+        found.append(f"{name}=..." if "TOKEN" in name else f"{name}={re.sub('//[^/@]*@', '//...@', value)[:100]}")
+    return found
+
+
+_OF_THE_HUB = re.compile(
+    r"(HF|HUGGINGFACE|HUGGING_FACE)_.*|TRANSFORMERS_(OFFLINE|CACHE)|(?i:(all|https?|no)_proxy)|SSL_CERT_(FILE|DIR)"
+    r"|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSLKEYLOGFILE"
+)
+_NOT_OF_THE_NETWORK = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY")
+
+
 def set_up_libraries() -> None:
     """Settings that libraries read when they are loaded; what the user has set stays.
+
+    Raises UserError when the hub's client cannot be loaded with what is set.
 
     OpenMP's threads sleep while they wait for each other: beside another busy program they would spin in vain, and a
     step or an answer would take several times as long.
@@ -226,3 +254,11 @@ def set_up_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ["MPLBACKEND"] = "agg"  # plots are files; a notebook's leftover would fail
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        import huggingface_hub.constants  # noqa: F401
+    except ImportError:
+        raise
+    except Exception as error:  # it reads numbers, for one, while it is loaded
+        found = ", ".join(hub_settings(os.environ))
+        problem = f"the hub's client cannot be loaded: {error}; set here: {found}"
+        raise UserError(problem, "correct or unset it") from None

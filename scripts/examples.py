@@ -9,6 +9,7 @@ from conversation.data.examples import read_training_data, to_jsonl
 from conversation.data.statistics import count_structure
 from conversation.errors import CommandLine, run_main
 from conversation.runs.files import write_atomically
+from conversation_config import names_in
 
 
 def main() -> int:
@@ -17,7 +18,7 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="the JSONL file to write")
     parser.add_argument("--domains", default="", help="only these domains of the trees, separated by commas")
     args = parser.parse_args()
-    examples = read_training_data(args.training_data, tuple(name for name in args.domains.split(",") if name))
+    examples = read_training_data(args.training_data, names_in(args.domains))
     write_atomically(args.output, to_jsonl(examples))
     for name, value in dataclasses.asdict(count_structure(examples)).items():
         print(f"{name.replace('_', ' '):20} {value}")

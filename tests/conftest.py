@@ -18,6 +18,7 @@ pytest_plugins = ["faults"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLE = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"
+INPUTS = PROJECT.parent / "shared" / "inputs"  # small inputs that failed once, if they are beside the checkout
 TREES = PROJECT / "data" / "conversation_trees"
 
 LEARNS = "--max_steps 90 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0".split()
@@ -185,6 +186,12 @@ def make_home(target: Path, own_examples: list[Example]) -> Path:
     stamp = subprocess.run(["cksum"], stdin=open(target / "requirements.txt"), capture_output=True, text=True).stdout
     (environment / "requirements.txt.cksum").write_text(stamp)
     return target
+
+
+def current_umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def lay_into_hub_cache(home, model_folder, name=FUNCTION_GEMMA):

@@ -23,6 +23,8 @@ def parse_line(line: str) -> Example:
     value = strict_json.loads(line)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
+    if "text" not in value and "nodes" in value:
+        raise ValueError("this is a conversation tree, give the folder that holds its domain's folder")
     if "text" not in value:
         raise ValueError("the object has no `text`")
     text = value["text"]
@@ -34,11 +36,14 @@ def parse_line(line: str) -> Example:
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """Read training lines. Raises UserError that lists every bad line with its number."""
+    """Read training lines. Raises UserError that lists every bad line, or says what the file is instead."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if kind := strict_json.recognise(data) or _kind_of_text(data):
+        raise UserError(f"{path}: {kind}", "training data is UTF-8 with one JSON object a line: data/README.md")
+    lines = data.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     examples, problems = [], []
@@ -62,6 +67,25 @@ def read_jsonl(path: Path) -> list[Example]:
     if not examples:
         raise UserError(f"{path} holds no training example")
     return examples
+
+
+def _kind_of_text(data: bytes) -> str | None:
+    """What a text is that is not lines of JSON objects, as "this is ..."; None for lines, good or bad."""
+    if b"\r" in data and b"\n" not in data.strip():
+        return "this has line ends of one carriage return: convert it with tr '\\r' '\\n'"
+    start = data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start not in (b"[", b"{") or (b"\n" not in data.strip() and start == b"{"):
+        return None
+    try:
+        value = strict_json.loads(strict_json.decode_utf8(data))
+    except strict_json.JsonError as error:
+        broken = start == b"[" and data.lstrip().split(b"\n")[0].strip() == b"["
+        return f"this is one JSON array, and a broken one: {error}" if broken else None
+    if isinstance(value, list):
+        return f"this is one JSON array of {len(value)}: write each object on its own line, as jq -c '.[]' does"
+    if isinstance(value, dict) and "nodes" in value:
+        return "this is a conversation tree: give the folder that holds its domain's folder"
+    return "this is one JSON object over several lines: write it on one line, as jq -c does"
 
 
 def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> list[Example]:

@@ -31,8 +31,47 @@ def loads(text: str) -> Any:
     return value
 
 
+_FOREIGN = {
+    b"\x1f\x8b": "gzip: unpack it with gunzip",
+    b"BZh": "bzip2: unpack it with bunzip2",
+    b"\xfd7zXZ": "xz: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "zstd: unpack it with unzstd",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"PAR1": "Parquet: export it as JSONL",
+    b"SQLite format 3": "an SQLite database: export it as JSONL",
+    b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it with git lfs pull",
+    b"<!DOCTYPE": "a web page: fetch the file itself",
+    b"<html": "a web page: fetch the file itself",
+}
+_UTF16 = "UTF-16: convert it with iconv -f UTF-16 -t UTF-8"
+_UTF32 = "UTF-32: convert it with iconv -f UTF-32 -t UTF-8"
+
+
+def recognise(data: bytes) -> str | None:
+    """What a file is that is not UTF-8 text, as "this is ...", with what to do; None when that is not known."""
+    for start, kind in _FOREIGN.items():
+        if data.startswith(start):
+            return f"this is {kind}"
+    if data[257:262] == b"ustar":
+        return "this is a tar archive: unpack it"
+    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return f"this is {_UTF32}"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return f"this is {_UTF16}"
+    start = data[:400]
+    zeros = [start[place::4].count(0) * 4 / len(start) > 0.8 for place in range(4)] if len(start) >= 16 else []
+    if zeros in ([False, True, True, True], [True, True, True, False]):
+        return f"this is {_UTF32}"
+    if zeros in ([False, True] * 2, [True, False] * 2):
+        return f"this is {_UTF16}"
+    return None
+
+
 def decode_utf8(data: bytes) -> str:
-    """Decode a file's bytes; a byte order mark at its start is dropped. Raises JsonError with the position."""
+    """Decode a file's bytes; a byte order mark at its start is dropped. Raises JsonError with the kind or place."""
+    if foreign := recognise(data):
+        raise JsonError(foreign)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

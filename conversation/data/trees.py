@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from conversation.data import strict_json
+from conversation.data.tree_files import find_tree_files
 from conversation.errors import UserError, list_problems
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import CONTROL_PATTERN
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+PLACE = "trees are JSON files at <domain>/<root>.json"
 SCHEMA_FILE = PROJECT / "data" / "conversation_tree.schema.json"
 
 
@@ -152,39 +154,58 @@ def read_tree(path: Path) -> Tree:
 def read_trees(folder: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
     """Read every `<domain>/<root>.json` below `folder`, sorted by domain and name; only `domains` when given.
 
-    Raises UserError that lists every problem of every file.
+    Raises UserError that lists every problem of every file, and every tree that lies elsewhere.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder of conversation trees at {folder}")
-    present = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if unknown := sorted(set(domains) - set(present)):
-        raise UserError(f"unknown domain: {', '.join(unknown)}", f"the domains in {folder} are: {', '.join(present)}")
-    trees, problems = [], []
-    for domain in domains or present:
-        for path in sorted((folder / domain).glob("*.json")):
-            try:
-                trees.append(read_tree(path))
-            except TreeError as error:
-                problems += [f"{path}: {problem}" for problem in error.problems]
-            except OSError as error:
-                problems.append(f"{path}: cannot be read: {error.strerror}")
+    try:
+        present = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if unknown := sorted(set(domains) - set(present)):
+            hint = f"the domains in {folder} are: {', '.join(present)}"
+            raise UserError(f"unknown domain: {', '.join(unknown)}", hint)
+        files, problems = find_tree_files(folder, tuple(dict.fromkeys(domains)) or present)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    trees, hint = [], PLACE if problems else ""
+    for path in files:
+        try:
+            trees.append(read_tree(path))
+        except TreeError as error:
+            problems += [f"{path}: {problem}" for problem in error.problems]
+        except OSError as error:
+            problems.append(f"{path}: cannot be read: {error.strerror}")
+    problems += [f"{folder / name}: holds no tree" for name in dict.fromkeys(domains) if not _any_in(files, name)]
     if problems:
-        raise UserError(f"the conversation trees have {len(problems)} problems:\n{list_problems(problems)}")
+        raise UserError(f"the conversation trees have {len(problems)} problems:\n{list_problems(problems)}", hint)
     if not trees:
-        raise UserError(f"no conversation tree in {folder}", "trees are JSON files at <domain>/<root>.json")
+        raise UserError(f"no conversation tree in {folder}", PLACE)
     return sorted(trees, key=lambda tree: (tree.domain, tree.name))
 
 
+def _any_in(files: list[Path], domain: str) -> bool:
+    return any(path.parent.name == domain for path in files)
+
+
 def read_listed_trees(path: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
-    """Read the trees that a text file lists, `<domain>/<root>` a line, from `core_trees` beside it.
+    """Read the trees that a text file lists, `<domain>/<root>` a line, from `core_trees` beside it; each once.
 
     Raises UserError for a name that is not there, and for what `read_trees` refuses.
     """
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = strict_json.decode_utf8(path.read_bytes()).splitlines()
+    except strict_json.JsonError as error:
+        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if any(name.startswith(("{", "[")) for name in names):
+        raise UserError(f"{path} is JSON, not a list of trees", "give a JSONL file a name that ends in .jsonl")
     trees = {f"{tree.domain}/{tree.name}": tree for tree in read_trees(path.with_name("core_trees"), domains)}
     wanted = [name for name in names if not domains or name.split("/")[0] in domains]
     if missing := [name for name in wanted if name not in trees]:
-        raise UserError(f"{path} lists trees that are not there: {list_problems(missing, 3).strip()}")
+        raise UserError(f"{path} lists trees that are not there:\n{list_problems(missing)}")
+    if not wanted:
+        raise UserError(f"{path} lists no tree" + (f" of {', '.join(domains)}" if domains else ""))
     return [trees[name] for name in wanted]
 
 

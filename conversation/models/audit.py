@@ -5,12 +5,13 @@ It trusts no warning and no flag. It checks the ids.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from conversation.errors import UserError
+from conversation.errors import UserError, list_problems
 from conversation.format.calls import Example
 from conversation.format.control_tokens import END_OF_TURN, FORMAT_TOKENS, Control
 from conversation.models.tokenizer import (
@@ -22,6 +23,7 @@ from conversation.models.tokenizer import (
     id_of,
     load_tokenizer,
 )
+from conversation.runs.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,8 @@ FUNCTION_GEMMA_IDS = {
     "<escape>": 52,
 }
 """Checked for Gemma's vocabulary only."""
+FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")  # of Unicode, to which tokenizers normalise
+GIVE_TOKENS = "give a model the tokens: python -m conversation.models.new_tokens MODEL_FOLDER NEW_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,13 @@ def audit(
 
     Raises UserError with the text, the ids and the expected ones, when: a control token is not one id, or not its id in
     Gemma's vocabulary; the padding token ends a turn; `<bos>` is not first, once; a control token typed by a user
-    becomes one; the ids of an example do not decode to it; the fingerprint is not the expected one.
+    becomes one; the ids of an example do not decode to it, or the model has no embedding for one; the fingerprint is
+    not the expected one. Lists all examples that fail.
     """
     tokenizer = load_tokenizer(folder)
     check_control_tokens(tokenizer)
-    for probe in PROBES:
-        _check_example(tokenizer, probe, encode_example(tokenizer, probe))
+    rows = _rows(folder)
+    _check_examples(tokenizer, rows, PROBES, [encode_example(tokenizer, probe) for probe in PROBES])
     found = fingerprint(tokenizer)
     if expected_fingerprint is not None and found != expected_fingerprint:
         raise _failed(
@@ -76,8 +81,7 @@ def audit(
             f"expected {expected_fingerprint[:12]}"
         )
     encoded = [encode_example(tokenizer, example) for example in examples]
-    for example, ids in zip(examples, encoded, strict=True):
-        _check_example(tokenizer, example, ids)
+    _check_examples(tokenizer, rows, examples, encoded)
     changed, first = _changed_by_flag(folder, examples, encoded)
     return tokenizer, encoded, Audit(found, len(examples), changed, first)
 
@@ -90,7 +94,7 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise _failed(
                 f"{token} becomes the ids {ids}, expected one id",
-                "give a model the tokens: python -m conversation.models.new_tokens MODEL_FOLDER NEW_FOLDER",
+                GIVE_TOKENS,
             )
         if ids[0] in seen:
             raise _failed(f"{token} and {seen[ids[0]]} are both the id {ids[0]}")
@@ -98,16 +102,47 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         if len(tokenizer) >= GEMMA_VOCABULARY and ids[0] != FUNCTION_GEMMA_IDS[token]:
             raise _failed(f"{token} is the id {ids[0]}, expected {FUNCTION_GEMMA_IDS[token]}")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == id_of(tokenizer, END_OF_TURN):
-        raise _failed(f"the padding token is the id {tokenizer.pad_token_id}, expected one that does not end a turn")
+        problem = f"the padding token is the id {tokenizer.pad_token_id}, expected one that does not end a turn"
+        raise _failed(problem, GIVE_TOKENS)
 
 
-def _check_example(tokenizer: PreTrainedTokenizerBase, example: Example, encoded: EncodedExample) -> None:
-    ids = list(encoded.ids)
-    where = f"in the example that asks {example.prompt.question!r}"
+def _rows(folder: Path) -> int | None:
+    """How many token ids the model of a folder has embeddings for; None without a config, or when it does not say."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return size if isinstance(size, int) else None
+
+
+def _check_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int | None,
+    examples: Sequence[Example],
+    encoded: Sequence[EncodedExample],
+) -> None:
+    problems = [
+        f"in the example that asks {example.prompt.question!r}: {problem}"
+        for example, ids in zip(examples, encoded, strict=True)
+        if (problem := _example_problem(tokenizer, rows, example, list(ids.ids)))
+    ]
+    if len(problems) > 1:
+        raise _failed(f"{len(problems)} examples do not pass:\n{list_problems(problems)}")
+    if problems:
+        raise _failed(problems[0])
+
+
+def _example_problem(
+    tokenizer: PreTrainedTokenizerBase, rows: int | None, example: Example, ids: list[int]
+) -> str | None:
+    if rows is not None and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        return f"{token!r} is the id {max(ids)}, the model has embeddings for {rows} ids"
     bos = tokenizer.bos_token_id
     if bos is not None:
         if ids.count(bos) != 1 or ids[0] != bos:
-            raise _failed(f"{where}: <bos> ({bos}) is at {[i for i, x in enumerate(ids) if x == bos]}, expected [0]")
+            return f"<bos> ({bos}) is at {[i for i, x in enumerate(ids) if x == bos]}, expected [0]"
         ids = ids[1:]
     text = example.text
     decoded = decode(tokenizer, ids)
@@ -115,13 +150,18 @@ def _check_example(tokenizer: PreTrainedTokenizerBase, example: Example, encoded
         at = next(
             (i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), min(len(decoded), len(text))
         )
-        raise _failed(f"{where}: its ids decode to {decoded[at : at + 30]!r}, expected {text[at : at + 30]!r}")
+        found = f"its ids decode to {decoded[at : at + 30]!r}, expected {text[at : at + 30]!r}"
+        for form in FORMS:
+            if unicodedata.normalize(form, text) == decoded:
+                return f"the text is not in {form}, to which this tokenizer normalises: {found}"
+        return found
     pieces = [*example.prompt.pieces(), *example.answer.pieces()]
     for token in FORMAT_TOKENS:
         in_ids = ids.count(id_of(tokenizer, token))
         in_text = sum(isinstance(piece, Control) and piece == token for piece in pieces)
         if in_ids != in_text:
-            raise _failed(f"{where}: {token} occurs {in_ids} times in the ids, expected {in_text}")
+            return f"{token} occurs {in_ids} times in the ids, expected {in_text}"
+    return None
 
 
 def _changed_by_flag(folder: Path, examples: Sequence[Example], encoded: Sequence[EncodedExample]) -> tuple[int, str]:

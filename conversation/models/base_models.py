@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from conversation.errors import UserError
+from conversation.errors import UserError, list_problems
 from conversation.models.audit import check_control_tokens
+from conversation.models.hub import from_hub
 from conversation.models.stand_in import prepare_stand_in
-from conversation.models.tokenizer import load_tokenizer
-from conversation_config import PROJECT, STAND_IN, cache_folder
+from conversation.models.tokenizer import load_tokenizer, tokenizer_files
+from conversation.models.weights import tied_but_different
+from conversation.runs.files import read_json
+from conversation_config import PROJECT, STAND_IN
 
 
 def find_base_model(name: str) -> Path:
@@ -24,43 +29,59 @@ def find_base_model(name: str) -> Path:
     if not folder.exists() and (PROJECT / folder).is_dir():
         folder = PROJECT / folder  # named by a run that was started in the project's folder
     if folder.is_dir():
+        if _is_hub_name(name):
+            print(f"{name} is the folder {folder.resolve()}, not the hub's model", file=sys.stderr)
         return _checked(folder.resolve())
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not _is_hub_name(name):
         raise UserError(f"unknown base model: {name}", f"give a hub name, a local folder, or {STAND_IN}")
-    return _checked(_from_hub(name))
+    return _checked(from_hub(name))
 
 
-def _from_hub(name: str) -> Path:
-    if not any(os.environ.get(variable) for variable in ("HF_HOME", "HF_HUB_CACHE")):
-        cache_folder()  # without a home, the hub's cache would be a folder `~` in the working folder
-    from huggingface_hub import errors, snapshot_download
-
-    stand_in = f"or train the stand-in, which needs no account: --base_model {STAND_IN}"
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
-    except errors.GatedRepoError:
-        raise UserError(
-            f"no access to {name}: its licence has to be accepted first",
-            f"accept it on the model's page and log in with `hf auth login`, {stand_in}",
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(f"the hub has no model {name}, or shows it only to those logged in", stand_in) from None
-    except errors.LocalEntryNotFoundError:
-        raise UserError(
-            f"{name} is not on this machine and the hub cannot be reached",
-            f"connect to the network, {stand_in}",
-        ) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{name} cannot be downloaded: {error}", stand_in) from None
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _checked(folder: Path) -> Path:
-    """The folder. Raises UserError unless it has weights in safetensors and a tokenizer with the control tokens."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder: no config.json")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has no weights in safetensors", "other formats are not read: they can contain programs"
-        )
+    """The folder. Raises UserError that lists why a training on it, or the merge after it, would fail."""
+    problems = [*_file_problems(folder), *_config_problems(folder)]
+    if len(problems) == 1:
+        raise UserError(f"{folder} {problems[0][0]}", problems[0][1])
+    if problems:
+        listed = list_problems([f"it {problem}" for problem, _ in problems])
+        hints = "; ".join(dict.fromkeys(hint for _, hint in problems if hint))
+        raise UserError(f"{folder} cannot be trained on:\n{listed}", hints)
     check_control_tokens(load_tokenizer(folder))
     return folder
+
+
+def _file_problems(folder: Path) -> Iterator[tuple[str, str]]:
+    """What is wrong with the files of a base model: (problem, what to do)."""
+    if not (folder / "config.json").is_file():
+        yield "is not a model folder: no config.json", ""
+    if adapters := sorted(path.name for path in folder.glob("adapter_*") if path.suffix in (".json", ".safetensors")):
+        yield f"holds adapters: {', '.join(adapters)}", "merge them into their base first, or move them away"
+    index = folder / "model.safetensors.index.json"
+    if not list(folder.glob("*.safetensors")) and not index.exists():
+        yield "has no weights in safetensors", "other formats are not read: they can contain programs"
+    elif not (folder / "model.safetensors").exists() and not index.exists():
+        yield "has neither model.safetensors nor model.safetensors.index.json", "fetch or make the model again"
+    elif not (folder / "model.safetensors").exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            yield f"has a broken {index.name}: it lists no weights", "fetch or make the model again"
+        elif missing := sorted({str(name) for name in shards.values() if not (folder / str(name)).is_file()}):
+            yield f"lacks weights that its index lists: {', '.join(missing)}", "fetch or make the model again"
+    if unreadable := [path.name for path in tokenizer_files(folder) if not os.access(path, os.R_OK)]:
+        yield f"has files that cannot be read: {', '.join(unreadable)}", "make them readable"
+
+
+def _config_problems(folder: Path) -> Iterator[tuple[str, str]]:
+    """What in the config would make the merge differ or fail: (problem, what to do)."""
+    if not (folder / "config.json").is_file():
+        return
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        yield "has quantized weights", "take the model that was not quantized: training and merging are in FP32"
+    if tied_but_different(folder):
+        problem = "ties its embeddings in config.json, but its weights hold two that differ"
+        yield problem, "set tie_word_embeddings to false there"

@@ -25,7 +25,7 @@ from conversation.format import calls
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.merged_model import write_manifest
-from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer
+from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer, tokenizer_files
 from conversation.models.weights import load_model, training_device
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
 from conversation.runs.machine import peak_memory_bytes
@@ -119,9 +119,8 @@ def _save(model: Any, base_folder: Path, folder: Path, end_of_turn: int, pad: in
         pad_token_id=pad,
     )
     model.save_pretrained(folder)
-    for path in base_folder.iterdir():
-        if path.name.startswith("tokenizer") or path.name == "special_tokens_map.json":
-            shutil.copy(path, folder)
+    for path in tokenizer_files(base_folder):
+        shutil.copy(path, folder)
     shutil.copy(CHAT_TEMPLATE, folder)
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from conversation.errors import CommandLine, UserError, run_main
-from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS
-from conversation.models.audit import FUNCTION_GEMMA_IDS, check_control_tokens
+from conversation.format.control_tokens import CONTROL_TOKENS, END_OF_TURN, FORMAT_TOKENS
+from conversation.models.audit import FUNCTION_GEMMA_IDS, GIVE_TOKENS, audit
 from conversation.models.tokenizer import id_of, load_tokenizer
 from conversation.models.weights import load_model
-from conversation.runs.files import make_folder
+from conversation.runs.files import cannot_write, check_disk_space, make_folder, replace_folder
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PADDING = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|finetune_right_pad_id|>")
 
 
 def save_with_control_tokens(
@@ -24,7 +28,8 @@ def save_with_control_tokens(
 ) -> None:
     """Save model and tokenizer with every control token of the format as one id.
 
-    A Gemma vocabulary has unused ids for them (46 to 52, `<unused40>` to `<unused46>`); any other vocabulary grows.
+    A Gemma vocabulary has unused ids for them (46 to 52, `<unused40>` to `<unused46>`); any other vocabulary grows. A
+    tokenizer without a padding token of its own gets one.
     New tokens, and those in `untrained`, start from the mean embedding of the words in their names.
     """
     tokenizer.save_pretrained(folder)
@@ -36,11 +41,26 @@ def save_with_control_tokens(
     unused = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in names if i < len(tokenizer)}
     if missing and all(unused.get(i, "").startswith("<unused") for i in names):
         _rename_tokens(folder, {unused[i]: token for i, token in names.items()})
+        tokenizer = load_tokenizer(folder)
     elif missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    grown = len(tokenizer) > len(vocabulary)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == id_of(tokenizer, END_OF_TURN):
+        taken = tokenizer.get_vocab()
+        pad = next((token for token in PADDING if token in taken), PADDING[0])
+        tokenizer.add_special_tokens({"pad_token": pad})
+        missing += [] if pad in taken else [pad]
+        grown = True
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if model.generation_config is not None:
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if grown:
         tokenizer.save_pretrained(folder)
-        if len(tokenizer) > cast("nn.Embedding", model.get_input_embeddings()).num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with contextlib.suppress(OSError):
+            (folder / "chat_template.jinja").unlink()
+    needed = max(tokenizer.get_vocab()[token] for token in (*missing, *FORMAT_TOKENS)) + 1
+    if needed > cast("nn.Embedding", model.get_input_embeddings()).num_embeddings:
+        model.resize_token_embeddings(needed, mean_resizing=False)
     renamed = load_tokenizer(folder)
     for token in (*missing, *untrained):
         _start_embedding(model, renamed, token)
@@ -85,14 +105,43 @@ def main() -> int:
     parser.add_argument("new_folder", type=Path, help="where the copy goes; must not exist")
     args = parser.parse_args()
     if args.new_folder.exists():
-        raise UserError(f"{args.new_folder} exists already")
+        raise UserError(f"{args.new_folder} exists already", "name another, or remove it")
     tokenizer = load_tokenizer(args.model_folder)
-    model = load_model(args.model_folder)
-    make_folder(args.new_folder)
-    save_with_control_tokens(model, tokenizer, args.new_folder)
-    check_control_tokens(load_tokenizer(args.new_folder))
-    print(f"{args.new_folder}: {', '.join(FORMAT_TOKENS)} are one id each")
+    make_copy(load_model(args.model_folder), tokenizer, args.new_folder)
+    print(f"{args.new_folder}: {', '.join(FORMAT_TOKENS)} are one id each; the tokenizer audit passed")
     return 0
+
+
+def make_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save model and tokenizer with the control tokens, audit them, and only then give the folder its name.
+
+    Raises UserError, and leaves nothing, when the copy does not pass or cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    make_folder(folder.parent)
+    check_disk_space(folder.parent, needed, "the copy")
+    try:
+        make_folder(part)
+        save_with_control_tokens(model, tokenizer, part)
+        audit(part, [])
+        replace_folder(part, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        cause = error if isinstance(error, OSError) else OSError(str(error))
+        raise cannot_write(folder, cause, needed) from None
+    except UserError as error:
+        problem = str(error).replace(str(part), str(folder))
+        raise UserError(f"{folder} was not made: {problem}", _hint(error.hint), error.exit_status) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _hint(hint: str) -> str:
+    """The hint of a failed audit, without the advice to do what was just done."""
+    return "this tokenizer does not give text back as it is; take another model" if hint in ("", GIVE_TOKENS) else hint
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import contextlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from conversation.runs.files import (
     check_disk_space,
     file_hashes,
     find_damage,
+    give_usual_modes,
     make_folder,
     read_json,
     sha256_file,
@@ -60,10 +60,12 @@ def prepare_stand_in(cache: Path | None = None) -> Path:
         for leftover in cache.glob(f"{STAND_IN_FOLDER}.*.part"):
             shutil.rmtree(leftover)
         check_disk_space(cache, 2 * STAND_IN_BYTES, "preparing the stand-in")
-        part = Path(tempfile.mkdtemp(prefix=f"{STAND_IN_FOLDER}.", suffix=".part", dir=cache))
+        part = cache / f"{STAND_IN_FOLDER}.{os.getpid()}.part"
         try:
+            make_folder(part)
             _convert_stand_in(part)
             write_json(part / MANIFEST, {"gguf_sha256": GGUF_SHA256, "files": file_hashes(part)})
+            give_usual_modes(part)
             os.rename(part, folder)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot prepare the stand-in in {cache}: {error}", "", TRIED_AND_FAILED) from None

@@ -71,6 +71,15 @@ def load_tokenizer(folder: Path, fix_mistral_regex: bool = True) -> PreTrainedTo
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model folder's tokenizer, which a merge copies. Subfolders are none, whatever their names."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and (path.name.startswith("tokenizer") or path.name == "special_tokens_map.json")
+    )
+
+
 def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """The id of one token."""
     return cast(int, tokenizer.convert_tokens_to_ids(token))  # a list comes back only for a list

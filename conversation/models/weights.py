@@ -41,6 +41,35 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
+def tied_but_different(folder: Path) -> bool:
+    """Whether the config ties the embeddings while the weights hold a head that differs from the input embeddings."""
+    from safetensors import SafetensorError, safe_open
+
+    places: dict[str, Path] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                places.update(dict.fromkeys(file.keys(), path))
+        heads = [name for name in places if name.endswith("lm_head.weight")]
+        inputs = [name for name in places if name.endswith("embed_tokens.weight")]
+        if len(heads) != 1 or len(inputs) != 1:
+            return False
+        found = []
+        for name in (heads[0], inputs[0]):
+            with safe_open(places[name], "pt") as file:
+                found.append(file.get_tensor(name))
+    except (SafetensorError, OSError):
+        return False  # `load_model` says what is broken
+    if found[0].shape == found[1].shape and bool((found[0] == found[1]).all()):
+        return False
+    from transformers import AutoConfig
+
+    try:
+        return bool(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().tie_word_embeddings)
+    except Exception:  # the library raises whatever its parsers raise; `load_model` says what is broken
+        return False
+
+
 def weights_hash(folder: Path) -> str:
     """SHA-256 of a model folder's weights: of its safetensors file, or of the hashes of its shards."""
     digests = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]

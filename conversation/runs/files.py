@@ -60,6 +60,7 @@ def size(count: int) -> str:
 
 def replace_folder(part: Path, final: Path) -> None:
     """Give a complete folder its final name. An older folder of that name is replaced; neither is ever seen in part."""
+    give_usual_modes(part)
     for path in part.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -70,6 +71,19 @@ def replace_folder(part: Path, final: Path) -> None:
         os.rename(final, old)  # after a kill here, `remove_leftovers` renames the old one back
     os.rename(part, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give a folder and all below it the modes that the umask gives new ones.
+
+    Some libraries write through temporary files of mode 0600, and a copy has the mode of its original.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def remove_leftovers(folder: Path) -> None:

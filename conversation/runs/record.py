@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from conversation.data.statistics import DataStatistics
 from conversation.errors import UserError
+from conversation.runs.schedule import after_a_longer_run
 from conversation_config import TrainingConfig
 
 T = TypeVar("T")
@@ -270,7 +271,8 @@ def changes_on_resume(record: RunRecord, current: RunRecord) -> list[str]:
     if steps < before:
         refused.append(f"the run is {before} steps long, now {steps}: it can be made longer, not shorter")
     elif steps > before:
-        harmless.append(f"The run is now {steps} steps long, was {before}: harmless, it goes on.")
+        rate = after_a_longer_run(record.config, before, current.config, steps)
+        harmless.append(f"The run is now {steps} steps long, was {before}: it goes on. {rate}")
     if record.processes != current.processes:
         refused.append(f"processes: the run has {record.processes}, now {current.processes}")
     refused += record.data.differences(current.data) + record.base_model.differences(current.base_model)

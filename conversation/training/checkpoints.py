@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from conversation.errors import TRIED_AND_FAILED, UserError
-from conversation.runs.files import cannot_write, file_hashes, find_damage, read_json, write_json
+from conversation.runs.files import cannot_write, file_hashes, find_damage, give_usual_modes, read_json, write_json
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import is_first_process
 from conversation.training.watch import Watched
@@ -56,6 +56,7 @@ class CheckpointKeeper(TrainerCallback):
                 shutil.rmtree(folder)
                 raise self.trainer.bad_numbers(f"the adapters after step {state.global_step} are not finite")
             try:
+                give_usual_modes(folder)
                 write_json(folder / CHECKPOINT_HASHES, file_hashes(folder))
             except UserError:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from conversation.models.weights import adapter_bytes, fp32_bytes, identify
 from conversation.runs.files import check_disk_space
 from conversation.runs.machine import environment, number_of_processes
 from conversation.runs.record import DataIdentity, RunRecord, now
+from conversation.runs.schedule import problem_with_rates
 from conversation.training.trainer import TrainingSet, token_sequence
 from conversation_config import DATA_SETS, KEPT_CHECKPOINTS, PROJECT, TrainingConfig
 
@@ -104,6 +106,11 @@ def prepare(config: TrainingConfig) -> Prepared:
             "nothing is cut silently: shorten them, or raise --max_length",
         )
     training, held_out = split_by_tree(examples, config.held_out_share, same_root)
+    rates, refused = problem_with_rates(config, config.steps(len(training), number_of_processes()))
+    if refused:
+        raise UserError(rates, "give --warmup_steps 0, or train longer")
+    if rates:
+        print(f"warning: {rates}", file=sys.stderr)
     ids_of = dict(zip((example.text for example in examples), encoded, strict=True))
     return Prepared(
         config,
@@ -119,6 +126,8 @@ def prepare(config: TrainingConfig) -> Prepared:
 def data_paths(config: TrainingConfig) -> tuple[Path, ...]:
     """Where the training data is: a set of the project's own, or a path from the working folder or from the project."""
     if config.training_data in DATA_SETS:
+        if Path(name := config.training_data).exists():
+            print(f"the project's set {name} is meant; for the one here write ./{name}", file=sys.stderr)
         return DATA_SETS[config.training_data]
     path = Path(os.path.expanduser(config.training_data))
     return (PROJECT / path if not path.exists() and (PROJECT / path).exists() else path,)

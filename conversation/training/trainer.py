@@ -123,6 +123,12 @@ def train_adapters(
             "the step is saved; go on with the same command and --resume",
             128 + progress.signal,
         )
+    if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
+        raise UserError(
+            "the training changed nothing: every adapter is still at its start",
+            "raise --learning_rate, or lower --warmup_steps",
+            TRIED_AND_FAILED,
+        )
     if trainer.metric_at_end("eval_loss") is None:
         trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -222,6 +228,18 @@ class ConversationTrainer(Trainer):
         self._clock: float | None = None
         self.step_loss = math.nan
         self.step_questions: list[str] = []
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also set the rate of the next step by the schedule of this run: the checkpoint's may have been shorter."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.lr_scheduler is None or self.optimizer is None:
+            return
+        schedule: Any = self.lr_scheduler
+        step = schedule.last_epoch
+        rates = [peak * share(step) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
     @property
     def budget(self) -> TokenBudget:

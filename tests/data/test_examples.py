@@ -1,8 +1,12 @@
 """Training lines: bad ones are all named, trees stay whole when some are held out."""
 
+import bz2
+import gzip
 import json
+import lzma
 
 import pytest
+from conftest import INPUTS, TREES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +76,56 @@ def test_all_bad_lines_are_listed_the_first_twenty_and_how_many_more(tmp_path):
         read_jsonl(path)
     assert f"{path}:20: " in str(caught.value) and f"{path}:21: " not in str(caught.value)
     assert "and 5 more" in str(caught.value)
+
+
+def as_array(lines, **options):
+    return json.dumps([json.loads(line) for line in lines], **options).encode()
+
+
+KINDS = {
+    "UTF-16": lambda lines: "\n".join(lines).encode("utf-16"),
+    "UTF-16 without a mark": lambda lines: "\n".join(lines).encode("utf-16-le"),
+    "UTF-16, big end first": lambda lines: "\n".join(lines).encode("utf-16-be"),
+    "UTF-32": lambda lines: "\n".join(lines).encode("utf-32"),
+    "gzip": lambda lines: gzip.compress("\n".join(lines).encode()),
+    "bzip2": lambda lines: bz2.compress("\n".join(lines).encode()),
+    "xz": lambda lines: lzma.compress("\n".join(lines).encode()),
+    "one JSON array of 3": as_array,
+    "one JSON array of 3, indented": lambda lines: as_array(lines, indent=1),
+    "one JSON array, and a broken one": lambda lines: as_array(lines, indent=1)[:-2],
+    "one JSON object over several lines": lambda lines: json.dumps(json.loads(lines[0]), indent=1).encode(),
+    "a conversation tree": lambda lines: next(TREES.glob("*/*.json")).read_bytes(),
+    "a conversation tree, on one line": lambda lines: json.dumps({"nodes": {}}).encode(),
+    "a Git LFS pointer": lambda lines: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_kind_is_recognised_as_what_it_is(tmp_path, real_lines, kind):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(KINDS[kind](real_lines[:3]))
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    expected = kind.removesuffix(", indented").removesuffix(", on one line")
+    expected = expected.removesuffix(" without a mark").removesuffix(", big end first")
+    assert f"this is {expected}" in str(caught.value) and str(path) in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_line_ends_of_an_old_mac_are_recognised(tmp_path, real_lines):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes("\r".join(real_lines[:3]).encode())
+    with pytest.raises(UserError, match="line ends of one carriage return"):
+        read_jsonl(path)
+
+
+def test_the_shared_files_of_other_kinds_are_recognised():
+    kinds = {"utf16.jsonl": "this is UTF-16", "six.jsonl.gz": "this is gzip"}
+    kinds["array.json"] = "this is one JSON array of 6"
+    for name, words in kinds.items():
+        if (INPUTS / name).exists():
+            with pytest.raises(UserError, match=words):
+                read_training_data(INPUTS / name)
 
 
 def test_missing_empty_and_unreadable_data(tmp_path):

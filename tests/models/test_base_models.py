@@ -2,15 +2,16 @@
 
 import json
 import shutil
+import sys
 
 import pytest
-from conftest import easy_lines, lay_into_hub_cache, make_tiny_model, run_script
+from conftest import current_umask, easy_lines, lay_into_hub_cache, make_tiny_model, run_script
 from safetensors.torch import load_file, save_file
 
 from conversation.errors import UserError
 from conversation.format.control_tokens import FORMAT_TOKENS
 from conversation.models import base_models, new_tokens, weights
-from conversation.models.audit import FUNCTION_GEMMA_IDS, check_control_tokens
+from conversation.models.audit import FUNCTION_GEMMA_IDS, audit, check_control_tokens
 from conversation.models.tokenizer import load_tokenizer
 from conversation_config import FUNCTION_GEMMA
 
@@ -36,6 +37,61 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path, tiny_folder):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="no weights in safetensors"):
         base_models.find_base_model(str(tmp_path))
+
+
+def test_what_the_merge_would_stumble_over_is_refused_before_the_training_all_at_once(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds adapters: adapter_config.json, adapter_model.safetensors"):
+        base_models.find_base_model(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    with pytest.raises(UserError, match=r"(?s)holds adapters.*has quantized weights"):
+        base_models.find_base_model(str(folder))
+
+
+def test_shards_that_are_missing_are_all_named(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    with pytest.raises(UserError, match=r"has neither model.safetensors nor"):
+        base_models.find_base_model(str(folder))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "c.safetensors"}}))
+    with pytest.raises(UserError, match=r"lacks weights that its index lists: b.safetensors, c.safetensors"):
+        base_models.find_base_model(str(folder))
+    index.write_text("{}")
+    with pytest.raises(UserError, match="lists no weights"):
+        base_models.find_base_model(str(folder))
+
+
+def test_tied_embeddings_that_differ_on_disk_are_refused(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file({**tensors, "lm_head.weight": tensors[name].clone()}, folder / "model.safetensors")
+    assert base_models.find_base_model(str(folder)) == folder  # the same twice is only a waste
+    save_file({**tensors, "lm_head.weight": tensors[name] + 1}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"ties its embeddings in config.json, but its weights hold two that differ"):
+        base_models.find_base_model(str(folder))
+
+
+def test_an_id_for_which_the_model_has_no_embedding_is_refused_and_padding_rows_are_not(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
+    audit(folder, easy_lines()[:2])
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(UserError, match="the model has embeddings for 300 ids"):
+        audit(folder, easy_lines()[:2])
+
+
+def test_a_folder_in_the_place_of_a_hub_model_is_said(tmp_path, tiny_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "model").symlink_to(tiny_folder)
+    assert base_models.find_base_model("some/model") == tiny_folder.resolve()
+    assert "some/model is the folder" in capsys.readouterr().err
 
 
 def test_a_truncated_model_is_named(tmp_path, tiny_folder):
@@ -87,6 +143,67 @@ def test_a_model_is_given_the_control_tokens(model_without_tokens, tmp_path):
     embeddings = weights.load_model(folder).get_input_embeddings().weight.detach()
     new = embeddings[load_tokenizer(folder).convert_tokens_to_ids("<start_function_call>")]
     assert new.norm() == pytest.approx(embeddings.norm(dim=1).median().item(), rel=0.1)
+
+
+def make_copy_of(folder, new, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["new_tokens", str(folder), str(new)])
+    return new_tokens.main()
+
+
+def test_a_copy_is_given_a_padding_token_where_there_is_none_and_is_audited(
+    model_without_tokens, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(model_without_tokens, tmp_path / "model")
+    lose_padding(folder)
+    assert make_copy_of(folder, tmp_path / "new", monkeypatch) == 0
+    assert "the tokenizer audit passed" in capsys.readouterr().out
+    given = load_tokenizer(base_models.find_base_model(str(tmp_path / "new")))
+    assert given.pad_token == "<pad>" and given.pad_token_id not in (None, given.convert_tokens_to_ids("<end_of_turn>"))
+    audit(tmp_path / "new", easy_lines())
+    rows = weights.load_model(tmp_path / "new").get_input_embeddings().num_embeddings
+    assert rows == max(given.get_vocab().values()) + 1
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "new").iterdir()}
+    assert set(modes.values()) == {oct(0o666 & ~current_umask())}, modes
+
+
+def lose_padding(folder):
+    """Take the padding token from a model folder's tokenizer."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"] = [added for added in content["added_tokens"] if added["content"] != "<pad>"]
+    content["model"]["vocab"] = {"zzpad" if t == "<pad>" else t: i for t, i in content["model"]["vocab"].items()}
+    path.write_text(json.dumps(content))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "pad_token"}))
+    assert load_tokenizer(folder).pad_token_id is None
+
+
+def test_a_copy_that_does_not_pass_the_whole_audit_is_not_called_good_and_nothing_stays(
+    model_without_tokens, tmp_path, monkeypatch
+):
+    """A tokenizer that puts a space in front, as Llama 2's does: its control tokens alone look right."""
+    folder = shutil.copytree(model_without_tokens, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    normalizers = [{"type": "Prepend", "prepend": "▁"}, content["normalizer"]]
+    content["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    path.write_text(json.dumps(content))
+    for _ in range(2):
+        with pytest.raises(UserError, match="new was not made: the tokenizer audit failed") as caught:
+            make_copy_of(folder, tmp_path / "new", monkeypatch)
+        assert caught.value.exit_status == 2 and caught.value.hint and "new_tokens" not in caught.value.hint
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_copy_that_cannot_be_written_leaves_nothing(model_without_tokens, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    model, tokenizer = weights.load_model(model_without_tokens), load_tokenizer(model_without_tokens)
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot write .*new: No space left"):
+        new_tokens.make_copy(model, tokenizer, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unprepared_gemma_vocabulary_has_unused_ids_for_the_tokens(tmp_path, tiny_folder):

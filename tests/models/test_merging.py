@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import easy_lines, run_script
+from conftest import current_umask, easy_lines, run_script
 from faults import some_record
 from safetensors.torch import load_file, save_file
 
@@ -65,6 +65,15 @@ def test_the_merged_folder_is_complete_tied_and_fp32(merged):
 
     assert generation["eos_token_id"] == load_tokenizer(output).convert_tokens_to_ids("<end_of_turn>")
     assert set(result.files) == names - {merged_model.MANIFEST}
+    assert {path.stat().st_mode & 0o777 for path in output.iterdir()} == {0o666 & ~current_umask()}
+
+
+def test_a_folder_beside_the_tokenizer_is_not_copied_and_does_not_stop_the_merge(tmp_path, tiny_folder, adapters):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    (base / "tokenizer_old").mkdir()
+    (base / "tokenizer_gone.json").symlink_to("nowhere")
+    merging.merge(base, adapters, tmp_path / "merged", PROMPTS[:1], {})
+    assert not (tmp_path / "merged" / "tokenizer_old").exists()
 
 
 def spoil(folder, change):

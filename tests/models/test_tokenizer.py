@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+from conftest import INPUTS, easy_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conversation.data.examples import read_jsonl
 from conversation.errors import UserError
-from conversation.format.calls import Prompt, Utterance
+from conversation.format.calls import Example, Prompt, Utterance
 from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS
 from conversation.models import audit, tokenizer
 
@@ -125,6 +127,25 @@ def test_text_that_does_not_come_back_stops(changed, own_examples):
 
     with pytest.raises(UserError, match=r"its ids decode to .* expected"):
         audit.audit(changed(lowercase), own_examples[:1])
+
+
+def test_text_that_is_not_in_the_form_of_the_tokenizer_is_said_to_be_so_and_every_example_is_named(changed):
+    def compose(content):
+        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, content["normalizer"]]}
+
+    example = easy_lines()[0]
+    bad = [Example(Prompt(f"Caf{letter}?"), example.answer) for letter in ("e\u0301", "a\u0300")]
+    folder = changed(compose)
+    audit.audit(folder, [example])
+    with pytest.raises(
+        UserError, match=r"in the example that asks .*is not in NFC, to which this tokenizer normalises"
+    ):
+        audit.audit(folder, bad[:1])
+    with pytest.raises(UserError, match=r"(?s)2 examples do not pass:.*Cafe\u0301.*Cafa\u0300.*is not in NFC"):
+        audit.audit(folder, [example, *bad])
+    if (INPUTS / "nfd_accent.jsonl").exists():
+        with pytest.raises(UserError, match="is not in NFC"):
+            audit.audit(folder, read_jsonl(INPUTS / "nfd_accent.jsonl"))
 
 
 def test_padding_that_ends_a_turn_stops(tiny_folder, tmp_path):

@@ -11,6 +11,7 @@ from faults import finished, flip_bit
 from conversation.data.examples import to_jsonl
 from conversation.runs.files import file_hashes
 from conversation.runs.folder import RunFolder
+from conversation.runs.schedule import learning_rate
 
 TRAIN, MERGE = "train_conversation.py", "merge_conversation_model.py"
 
@@ -57,7 +58,9 @@ def test_a_shorter_run_is_refused_and_a_longer_one_goes_on_and_is_merged_anew(tr
     more = ["--max_steps", "15", "--save_steps", "5"]
     status, output = finished(TRAIN, "--run_dir", trained, "--resume", *more, output=tmp_path / "longer")
     assert status == 0 and "Resuming from checkpoint-12" in output
-    assert "The run is now 15 steps long, was 12: harmless" in output
+    assert "The run is now 15 steps long, was 12: it goes on. From here on the learning rate is that of" in output
+    rates = [entry["learning_rate"] for entry in run.read_metrics() if entry["step"] > 12 and "loss" in entry]
+    assert rates == pytest.approx([learning_rate(run.read().config, step, 15) for step in (14, 15)])
     assert "--save_steps is now 5, was 3: harmless" in output
     assert run.read().merge is None and run.read().structural_tests is None  # those of the shorter run
     assert run.read().training.steps == 15 and run.read().config.max_steps == 15

@@ -12,7 +12,7 @@ from conftest import PROJECT
 from faults import finished_attempt, some_record
 
 from conversation.errors import UserError
-from conversation.runs import console, files, folder, lock, publishing, report
+from conversation.runs import console, files, folder, lock, machine, publishing, report
 from conversation.runs.folder import RunFolder
 from conversation.runs.record import AnswersReport, AskedQuestion, RunRecord, _hash
 
@@ -88,6 +88,45 @@ def test_a_changed_missing_or_truncated_file_is_found(tmp_path):
     assert "a is broken" in files.find_damage(tmp_path, recorded)
     (tmp_path / "a").unlink()
     assert "a is missing" in files.find_damage(tmp_path, recorded)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_folder_has_the_modes_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        part = tmp_path / ".model.part"
+        (part / "inner").mkdir(parents=True, mode=0o700)
+        for name, mode in (("weights", 0o600), ("inner/copy", 0o444)):
+            (part / name).write_bytes(b"x")
+            (part / name).chmod(mode)
+        files.replace_folder(part, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model", *tmp_path.rglob("model/**/*"))}
+    file, directory = 0o666 & ~umask, 0o777 & ~umask
+    assert modes == {"model": directory, "inner": directory, "weights": file, "copy": file}
+
+
+def git(folder, *arguments):
+    names = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "init.defaultBranch=main"]
+    done = subprocess.run(["git", "-C", str(folder), *names, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_the_commit_is_the_projects_own_or_none(tmp_path, monkeypatch):
+    outer, project = tmp_path / "outer", tmp_path / "outer" / "project"
+    project.mkdir(parents=True)
+    git(outer, "init", "-q")
+    git(outer, "commit", "-q", "--allow-empty", "-m", "of the outer one")
+    monkeypatch.setattr(machine, "PROJECT", project)
+    assert machine._git_commit() is None  # unpacked without .git inside another repository
+    git(project, "init", "-q")
+    git(project, "commit", "-q", "--allow-empty", "-m", "of the project")
+    own = git(project, "rev-parse", "HEAD")
+    assert machine._git_commit() == own != git(outer, "rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(outer))
+    assert machine._git_commit() == own
 
 
 # --- names, publishing -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import PROJECT, easy_lines, run_script
+from conftest import PROJECT, current_umask, easy_lines, run_script
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conversation.data.examples import to_jsonl
@@ -187,6 +187,23 @@ def test_a_step_holds_the_same_examples_however_many_processes_share_it():
     first = list(one)
     one.set_epoch(1)
     assert list(one) != first and len(one) == 3
+
+
+def test_a_training_that_can_change_nothing_is_refused_and_one_that_only_warms_up_says_so(
+    tmp_path, tiny_folder, easy_data
+):
+    done = train(tmp_path / "run", tiny_folder, easy_data, "--max_steps", "1")
+    assert done.returncode == 2 and "a training of 1 steps would change nothing" in done.stderr, done.stderr
+    assert "--warmup_steps 0" in done.stderr and not (tmp_path / "run").exists()
+    done = train(tmp_path / "run", tiny_folder, easy_data, "--max_steps", "2", "--learning_rate", "1e-300")
+    assert "the warm-up of 2 steps fills the run of 2" in done.stderr
+    assert done.returncode == 1 and "error: the training changed nothing" in done.stderr, done.stderr
+
+
+def test_what_a_training_writes_others_may_read_as_the_umask_says(trained):
+    files = [path for path in trained.path.rglob("*") if path.is_file()]
+    wrong = [path.name for path in files if path.stat().st_mode & 0o777 != 0o666 & ~current_umask()]
+    assert any(path.name == "adapter_model.safetensors" for path in files) and wrong == []
 
 
 def test_an_example_that_is_too_long_is_named_and_nothing_is_written(tmp_path, tiny_folder, easy_data):
