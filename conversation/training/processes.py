@@ -42,7 +42,8 @@ def _connect() -> PartialState:
     try:
         return PartialState(cpu=training_device() == "cpu")
     except DistError as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"the {size} processes that WORLD_SIZE asks for do not meet at {address}:{port}: {str(error).splitlines()[0]}",
+            f"the {size} processes that WORLD_SIZE asks for do not meet at {address}:{port}: {reason}",
             "start them with accelerate launch or torchrun; for one process, unset WORLD_SIZE",
         ) from None
