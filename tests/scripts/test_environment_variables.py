@@ -142,7 +142,9 @@ def test_help_comes_whatever_was_left_behind(variables, tmp_path):
 def test_without_home_and_user_entry_help_comes_and_the_stand_in_names_the_variables(tmp_path):
     variables, empty = without_home(tmp_path / "site"), tmp_path / "empty"
     empty.mkdir()
-    for flags, status in ((["--help"], 0), (["--check_data", "--base_model", "gemma-3-270m"], 2)):
+    (tmp_path / "data.jsonl").write_bytes(to_jsonl(easy_lines()))
+    checked = ["--check_data", "--base_model", "gemma-3-270m", "--training_data", str(tmp_path / "data.jsonl")]
+    for flags, status in ((["--help"], 0), (checked, 2)):
         command = [sys.executable, str(PROJECT / "train_conversation.py"), *flags]
         done = subprocess.run(command, cwd=empty, env=variables, capture_output=True, text=True)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr

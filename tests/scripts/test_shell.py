@@ -22,7 +22,7 @@ LACKING = {
     "case conversion": (r"\$\{\w+(\[[^]]*\])?(,|\^)", "${flag,,}"),
     "transformation": (r"\$\{\w+(\[[^]]*\])?@[QEPAaUuLKk]\}", "${flag@Q}"),
     "negative length": (r"\$\{\w+:[^}:]*:\s*-", "${flag:0:-1}"),
-    "arrays: empty ones are unbound under set -u": (
+    "arrays: unbound when empty": (
         r"\$\{\w+\[[@*]\]|^\s*(local |declare )?\w+\+?=\(",
         'run "${flags[@]}"',
     ),
