@@ -145,7 +145,7 @@ def main() -> int:
         raise UserError("there is no attempt to publish", "begin one: ./RETRAIN.sh")
     published = publish(attempt, args.root)
     print(report.summary(published.read()), file=sys.stderr)
-    print(f"Published: {shown(published.path)} (and {shown(args.root / LATEST)})")
+    print(f"Published: {shown(published.path)} (and {shown(args.root)}/{LATEST})")
     print(f"Report:    {shown(published.report)}")
     return 0
 

@@ -24,9 +24,10 @@ def evaluated(untouched, tmp_path_factory):
 
 def test_it_leaves_its_figures_and_answers_a_plot_and_a_section_of_the_report(evaluated):
     evaluation = read_evaluation(evaluated.evaluation)
-    assert evaluation.short and len(evaluation.answers) == 25 and set(evaluation.sets) == {"known", "unseen", "all"}
+    assert evaluation.short and len(evaluation.answers) == 26 and set(evaluation.sets) == {"known", "unseen", "all"}
     assert evaluation.sets["all"].questions == sum(evaluation.sets[name].questions for name in ("known", "unseen"))
-    assert evaluation.training_losses.examples == 25 and evaluation.held_out_losses.fragments > 0
+    assert evaluation.training_losses.examples == 26 and evaluation.held_out_losses.fragments > 0
+    assert sum(not answer.history for answer in evaluation.answers) == 13
     for answer in evaluation.answers:
         assert answer.output and (answer.texts is None) == (answer.problem is not None) and not answer.sampled
     assert evaluated.evaluation_plot.read_bytes().startswith(b"\x89PNG")
