@@ -60,7 +60,7 @@ def attempt_to_resume(root: Path = TRAINING_RUNS) -> RunFolder | None:
     if attempt is None and not (root / LATEST).exists():
         raise UserError("there is no attempt to resume", "begin one: ./RETRAIN.sh")
     if attempt is None:
-        latest = shown(root / LATEST)
+        latest = f"{shown(root)}/{LATEST}"
         print(f"Nothing to resume: no attempt is under way, the last published run is {latest}")
     return attempt
 

@@ -215,3 +215,24 @@ def test_any_text_is_refused_or_renders_back_to_the_same_bytes(text):
             assert parse(text).text == text
         except FormatError as error:
             assert 0 <= error.position <= len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("prose", "syntax"),
+        (text_call() + END_OF_TURN, "number of calls"),
+        (5 * text_call() + 3 * choice_call() + END_OF_TURN, "number of calls"),
+        (choice_call() + END_OF_TURN, "order of calls"),
+        (text_call() + choice_call() + text_call() + END_OF_TURN, "order of calls"),
+        ("<start_function_call>\ncall:add_text{content:<escape>a", "unclosed value"),
+        (text_call(" ") + 3 * choice_call() + END_OF_TURN, "empty value"),
+        (text_call("a <bos> b") + 3 * choice_call() + END_OF_TURN, "control token"),
+        (text_call() + choice_call(confidence="2") + END_OF_TURN, "confidence"),
+        (text_call() + choice_call(target="A b") + END_OF_TURN, "target"),
+    ],
+)
+def test_an_error_has_its_kind(text, kind):
+    with pytest.raises(FormatError) as caught:
+        parse_answer(text)
+    assert caught.value.kind == kind
