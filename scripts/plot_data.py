@@ -219,13 +219,11 @@ def draw_triples(axis: Axes, trees: list[Tree]) -> None:
     axis.set_ylabel("confidence")
     axis.set_xticks(range(1, len(commonest) + 1, 2))
     axis.set_ylim(0, 0.85)
-    legend = axis.legend(frameon=False, fontsize=9, ncols=3, loc="upper left")
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])
+    axis.legend(frameon=False, fontsize=9, ncols=3, loc="upper left", markerscale=0.6)
 
 
 def draw_texts_per_wording(axis: Axes, trees: list[Tree]) -> None:
-    counts = [Counter(), Counter()]
+    counts: list[Counter[int]] = [Counter(), Counter()]
     for tree in trees:
         for name in tree.nodes:
             counts[name != tree.name].update(len(answer.fragments) for answer in tree.wordings(name))
