@@ -235,3 +235,17 @@ def test_an_architecture_that_cannot_be_trained_is_refused_and_nothing_stays_on_
     done = run_script("train_conversation.py", *flags)
     assert done.returncode == 2 and "a GPT2LMHeadModel cannot be trained here" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_the_first_of_several_processes_decides_for_all(tmp_path):
+    """Each would pick a run folder of its own otherwise."""
+    script = tmp_path / "decide.py"
+    script.write_text(
+        "import os, pathlib, sys\nfrom conversation.training.processes import decided_by_first\n"
+        "rank = os.environ['RANK']\npathlib.Path(sys.argv[1], rank).write_text(decided_by_first(f'of {rank}'))\n"
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["of 0", "of 0"]
