@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def _connect() -> PartialState:
     rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if not PartialState._shared_state:
         print(f"Process {rank} of {size} meets the others at {address}:{port} ...", file=sys.stderr, flush=True)
+        atexit.register(_leave)
     try:
         return PartialState(cpu=training_device() == "cpu")
     except DistError as error:
@@ -47,3 +49,11 @@ def _connect() -> PartialState:
             f"the {size} processes that WORLD_SIZE asks for do not meet at {address}:{port}: {reason}",
             "start them with accelerate launch or torchrun; for one process, unset WORLD_SIZE",
         ) from None
+
+
+def _leave() -> None:
+    """End the group in order: a thread of it that still runs while the interpreter ends would abort the process."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -133,7 +133,10 @@ def test_a_reader_never_finds_half_a_model_while_it_is_replaced(tmp_path):
             except FileNotFoundError:
                 continue
             names = os.listdir(descriptor)
-            same = os.path.exists(final) and os.path.samestat(os.fstat(descriptor), os.stat(final))
+            try:
+                same = os.path.samestat(os.fstat(descriptor), os.stat(final))
+            except FileNotFoundError:  # replaced at this moment
+                same = False
             os.close(descriptor)
             seen += 1
             if same and len(names) != count:
