@@ -25,6 +25,7 @@ from conversation.data.examples import read_jsonl
 from conversation.data.questions import read_held_out
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.comparison import comparison_table, draw_comparison, figures_table
+from conversation.runs.console import logged_console
 from conversation.runs.evaluation_record import Evaluation, write_evaluation
 from conversation.runs.files import find_damage, shown
 from conversation.runs.folder import RunFolder, named_run
@@ -58,11 +59,11 @@ def main() -> int:
     if args.resume and run.evaluation.exists():
         print("The model is evaluated already.")
         return 0
-    with locked_folder(run.path):  # of a published run, too: an evaluation is added to it, and nothing changed
+    with locked_folder(run.path), logged_console(run.console_log):  # published or not: an evaluation is added
         evaluation = evaluate(args, run.merged_model, record.base_model.tokenizer_fingerprint, run.training_data)
         write_evaluation(evaluation, run.evaluation)
         write_report(run)
-    print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
+        print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
     return 0
 
 
