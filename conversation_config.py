@@ -1,8 +1,8 @@
 """Every path, name and hyperparameter, once.
 
 Precedence: a flag on the command line, then the recipe that `--recipe` names, then the defaults below. With `--resume`
-the settings of the run take the place of the defaults. What a run really used is in its `run.json`.
-Importing this module is cheap: no torch, no transformers.
+the settings of the run take the place of the defaults, unless `--recipe original` asks for these. What a run really
+used is in its `run.json`. Importing this module is cheap: no torch, no transformers.
 """
 
 from __future__ import annotations
@@ -175,12 +175,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def resolve_settings(args: argparse.Namespace, recorded: TrainingConfig | None = None) -> TrainingConfig:
     """The settings that parsed flags ask for; `recorded`: those of the run that is resumed. Raises UserError."""
+    start = TrainingConfig() if args.recipe == "original" else recorded or TrainingConfig()
     given = {spec.name: getattr(args, spec.name) for spec in fields(TrainingConfig) if hasattr(args, spec.name)}
     for name in ("base_model", "training_data"):
         if name in given:
             given[name] = path_from_anywhere(given[name])
     try:
-        return replace(recorded or TrainingConfig(), **{**RECIPES[args.recipe or "original"], **given})
+        return replace(start, **{**RECIPES[args.recipe or "original"], **given})
     except ValueError as error:
         raise UserError(str(error)) from None
 
