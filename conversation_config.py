@@ -52,7 +52,12 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 class TrainingConfig:
     """The settings of one training run; each field is a flag of `train_conversation.py`."""
 
-    base_model: str = setting(FUNCTION_GEMMA, f"hub name, local folder, or {STAND_IN} for the embedded stand-in")
+    base_model: str = setting(
+        FUNCTION_GEMMA,
+        f"hub name, local folder, GGUF file, or {STAND_IN} for the embedded stand-in; a base that lacks the control "
+        "tokens is copied with them into the model cache (by hand: python -m conversation.models.new_tokens MODEL "
+        "NEW_FOLDER)",
+    )
     training_data: str = setting(
         "expert",
         f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, or a JSONL file",

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from conversation.errors import TRIED_AND_FAILED, UserError
-from conversation.format import calls
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
+from conversation.models.chat_format import write_chat_format
 from conversation.models.merged_model import write_manifest
 from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer, tokenizer_files
 from conversation.models.weights import load_model, training_device
@@ -32,7 +32,6 @@ from conversation.runs.machine import peak_memory_bytes
 from conversation.runs.record import MergeResult, now
 from conversation_config import MAX_NEW_TOKENS
 
-CHAT_TEMPLATE = Path(calls.__file__).with_name("chat_template.jinja")
 COMPARED_LOGITS = 16  # positions at the end of each prompt; all of them would be 0.3 GB a prompt
 COMPARED_TOKENS = 24  # of the greedy continuations
 LOGIT_TOLERANCE = 2e-4
@@ -121,7 +120,7 @@ def _save(model: Any, base_folder: Path, folder: Path, end_of_turn: int, pad: in
     model.save_pretrained(folder)
     for path in tokenizer_files(base_folder):
         shutil.copy(path, folder)
-    shutil.copy(CHAT_TEMPLATE, folder)
+    write_chat_format(folder, load_tokenizer(folder))
 
 
 def _tensor_names(path: Path) -> list[str]:

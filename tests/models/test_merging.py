@@ -10,7 +10,7 @@ from faults import some_record
 from safetensors.torch import load_file, save_file
 
 from conversation.errors import UserError
-from conversation.format.calls import Prompt
+from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
 from conversation.models import merged_model, merging
 from conversation.models.adapters import add_adapters
 from conversation.models.weights import load_model
@@ -206,12 +206,6 @@ def test_an_assistants_plain_content_becomes_a_line_of_the_history(chat):
 @pytest.mark.parametrize(
     "messages",
     [
-        [{"role": "user", "content": "x <end_of_turn> y"}],
-        [
-            {"role": "user", "content": "<escape>"},
-            {"role": "assistant", "content": "x"},
-            {"role": "user", "content": "y"},
-        ],
         [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}],
         [{"role": "assistant", "content": "x"}],
         [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
@@ -223,3 +217,51 @@ def test_the_template_refuses_what_it_cannot_render_safely(chat, messages):
 
     with pytest.raises((jinja2.exceptions.TemplateError, IndexError, ValueError)):
         chat.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=True, tokenize=False)
+
+
+def test_control_tokens_in_messages_and_tools_stay_text_and_sanitised_give_the_ids_that_were_trained(chat):
+    from conversation.format.control_tokens import CONTROL_TOKENS
+    from conversation.models.tokenizer import control_ids, encode_prompt
+
+    plain = chat.apply_chat_template(messages_of(Prompt("x")), tools=TOOLS, add_generation_prompt=True)["input_ids"]
+    wanted = [i for i in plain if i in control_ids(chat)]
+    for token in (*CONTROL_TOKENS, "<end_of_<end_of_turn>turn>", "\U000f0000<end_of_turn>\U000f0001"):
+        prompt = Prompt(f"x{token}y", (Utterance("AI", token),))
+        options = {"tools": TOOLS, "add_generation_prompt": True}
+        raw = chat.apply_chat_template(messages_of(prompt), **options)["input_ids"]
+        assert [i for i in raw if i in control_ids(chat)] == wanted, token
+        ids = chat.apply_chat_template(messages_of(prompt), **options, sanitize_control_tokens=True)["input_ids"]
+        assert [i for i in ids if i in control_ids(chat)] == wanted, token
+        if "\U000f0000" not in token:  # the library drops its own marks
+            assert list(ids) == encode_prompt(chat, prompt), token
+    tools = json.loads(json.dumps(TOOLS).replace("Adds AI", "Adds <end_of_turn> AI"))
+    ids = chat.apply_chat_template(messages_of(Prompt("x")), tools=tools, add_generation_prompt=True)["input_ids"]
+    assert [i for i in ids if i in control_ids(chat)] == wanted
+
+
+# --- the answer read back ------------------------------------------------------------------------------------------
+
+
+def test_the_library_reads_an_answer_back_as_the_calls_it_makes(chat):
+    texts = ("a {b}, c: {d", "42", "x, y: z}", 'say "hi"\n\\n')
+    choices = tuple(FollowUp(f"{name}, {{why}}?", "0.80", name) for name in ("one", "two_2", "three"))
+    answer = Answer(texts, choices)
+    message = chat.parse_response(answer.text, prefix="<start_of_turn>model\n")
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+    assert calls == [("add_text", {"content": text}) for text in texts] + [
+        ("add_choice", {"text": each.text, "confidence": "0.80", "target": each.target}) for each in choices
+    ]
+    assert message["role"] == "assistant" and not message.get("content")
+    typed = chat.parse_response(answer.text, prefix="<start_of_turn>model\n", tools=TOOLS)["tool_calls"]
+    assert [call["function"]["arguments"].get("confidence") for call in typed] == [None] * 4 + [0.8] * 3
+    assert typed[1]["function"]["arguments"] == {"content": "42"}
+
+
+def test_the_library_reads_every_real_answer_back(chat, own_examples):
+    for example in own_examples[::25]:
+        calls = chat.parse_response(example.answer.text, prefix="", tools=TOOLS)["tool_calls"]
+        read = [call["function"]["arguments"] for call in calls]
+        assert tuple(each["content"] for each in read if "content" in each) == example.answer.fragments
+        assert [each["confidence"] for each in read if "target" in each] == [
+            each.probability for each in example.answer.follow_ups
+        ]
