@@ -139,6 +139,8 @@ def _figure_values(record: RunRecord) -> dict[str, str]:
         values["optimizer steps"] = str(training.steps)
         values["training time"] = f"{training.seconds / 60:.1f} min"
         values["peak memory, training"] = f"{training.peak_memory_gb:.2f} GB"
+        if plan := training.memory_plan:
+            values["memory plan"] = f"{plan.total / 1e9:.2f} GB, frozen weights in {plan.frozen_weights}"
     if merge := record.merge:
         difference = f"{merge.largest_logit_difference:.1e} of {merge.largest_logit:.1f}"
         values["largest logit difference, merged and read back"] = difference

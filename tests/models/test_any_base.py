@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import easy_lines
+from conftest import TOOLS, easy_lines, messages_of
 from safetensors.torch import load_file
-from test_merging import TOOLS, messages_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from conversation.answering.verdicts import judge

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LEARNS, PROJECT, lay_into_hub_cache, make_home
+from conftest import LEARNS, PROJECT, TOOLS, lay_into_hub_cache, make_home
 from faults import until
-from test_merging import TOOLS
 
 LEARNS_NOT = "--max_steps 2 --learning_rate 1e-5".split()
 
