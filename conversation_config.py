@@ -52,7 +52,12 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 class TrainingConfig:
     """The settings of one training run; each field is a flag of `train_conversation.py`."""
 
-    base_model: str = setting(FUNCTION_GEMMA, f"hub name, local folder, or {STAND_IN} for the embedded stand-in")
+    base_model: str = setting(
+        FUNCTION_GEMMA,
+        f"hub name, local folder, GGUF file, or {STAND_IN} for the embedded stand-in; a base that lacks the control "
+        "tokens is copied with them into the model cache (by hand: python -m conversation.models.new_tokens MODEL "
+        "NEW_FOLDER)",
+    )
     training_data: str = setting(
         "expert",
         f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, or a JSONL file",
@@ -76,6 +81,12 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(8, "accumulation steps per optimizer step")
     max_length: int = setting(2048, "longest example in tokens; a longer one is an error, never cut")
 
+    frozen_weights: str = setting(
+        "auto",
+        "how the base's weights are held: bfloat16, which takes half the memory and is refused where it would change "
+        "a weight, or float32; auto: bfloat16 when FP32 copies would not fit. Arithmetic is FP32",
+        choices=("auto", "float32", "bfloat16"),
+    )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: int = setting(32, "the adapters' output is scaled by alpha / rank")
     lora_dropout: float = setting(0.05, "dropout on the adapters' input")

@@ -202,3 +202,50 @@ def lay_into_hub_cache(home, model_folder, name=FUNCTION_GEMMA):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     return repository / "snapshots" / commit
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add_text",
+            "description": "Adds AI response text to current node.",
+            "parameters": {
+                "type": "object",
+                "properties": {"content": {"type": "string", "description": "Response text"}},
+                "required": ["content"],
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "add_choice",
+            "description": "Adds one predicted user response choice.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "text": {"type": "string", "description": "User's response text"},
+                    "confidence": {"type": "number", "description": "Confidence 0.0-1.0"},
+                    "target": {"type": "string", "description": "Target node name"},
+                },
+                "required": ["text", "confidence", "target"],
+            },
+        },
+    },
+]
+
+
+def messages_of(prompt: Prompt) -> list[dict]:
+    """A prompt as the messages that a chat program would send."""
+    messages = []
+    for utterance in prompt.history:
+        if utterance.speaker == "User":
+            messages.append({"role": "user", "content": utterance.text})
+            continue
+        call = {"type": "function", "function": {"name": "add_text", "arguments": {"content": utterance.text}}}
+        if messages and messages[-1]["role"] == "assistant":
+            messages[-1]["tool_calls"].append(call)
+        else:
+            messages.append({"role": "assistant", "tool_calls": [call]})
+    return [*messages, {"role": "user", "content": prompt.question}]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from conversation.format.control_tokens import CONTROL_PATTERN, CONTROL_TOKENS, ESCAPE
+from conversation.format.control_tokens import CONTROL_TOKENS, ESCAPE
 from conversation.format.grammar import MAX_CHARACTERS, Value, is_one_line, may_end, may_go_on
+from conversation.models.tokenizer import answer_pattern, special_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,10 +42,15 @@ class AllowedTokens:
         plain = [token for token in range(size) if token not in special and not _BYTE.fullmatch(names[token])]
         self._lengths = torch.tensor([len(text) for text in self.texts])
         line = [token for token in plain if self.texts[token] and is_one_line(self.texts[token])]
-        line = [token for token in line if not CONTROL_PATTERN.search(self.texts[token])]
+        self._control_tokens = answer_pattern(tokenizer)
+        line = [token for token in line if not self._control_tokens.search(self.texts[token])]
+        line = [token for token in line if "\ufffd" not in self.texts[token]]  # half a character of a byte-level BPE
         self._line = self._mask(line)
         self._not_blank = self._mask([token for token in line if self.texts[token].strip()])
-        self._closing = [token for token in line if ">" in self.texts[token]]  # every control token ends with one
+        special_tokens = special_names(tokenizer)
+        self._openings = {name[0] for name in special_tokens}
+        ends = {name[-1] for name in special_tokens}  # what may end the name of a control token
+        self._closing = [token for token in line if ends.intersection(self.texts[token])]
         target = [token for token in line if _TARGET_TOKEN.fullmatch(self.texts[token])]
         self._target = self._mask(target)
         self._target_start = self._mask([token for token in target if self.texts[token][0] != "_"])
@@ -66,8 +72,9 @@ class AllowedTokens:
             allowed = allowed & (self._lengths + self._underscore_last.int() <= left)
         else:
             allowed = (self._line if text else self._not_blank) & (self._lengths <= left)
-            for token in self._closing if "<" in text else ():  # no control token may be spelled out, either
-                if not may_go_on(kind, text + self.texts[token]):
+            spelling = self._openings.intersection(text)  # no control token may be spelled out, either
+            for token in self._closing if spelling else ():
+                if not may_go_on(kind, text + self.texts[token], self._control_tokens):
                     allowed[token] = False
         if text and may_end(kind, text):
             allowed[self.escape] = True

@@ -10,7 +10,7 @@ from conversation.answering.decoding import generate_answers
 from conversation.data.questions import Case
 from conversation.format.calls import Answer, repeated
 from conversation.format.parser import FormatError, parse_answer
-from conversation.models.tokenizer import decode, spelled_out_token
+from conversation.models.tokenizer import answer_pattern, decode, spelled_out_token
 from conversation.runs.record import AskedQuestion
 from conversation.runs.report import mark
 
@@ -85,7 +85,7 @@ def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
     """The verdict on an answer, from its token ids."""
     output = decode(tokenizer, ids)
     try:
-        answer = parse_answer(output)
+        answer = parse_answer(output, answer_pattern(tokenizer))
     except FormatError as error:
         return Verdict(case, output, None, str(error), error.position, error.kind)
     if spelled_out := spelled_out_token(tokenizer, ids):

@@ -67,9 +67,11 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 # --- valid values: the same rules for built and for parsed ones ------------------------------------------------------
 
 
-def text_problem(text: str, what: str) -> tuple[str, int, str] | None:
+def text_problem(
+    text: str, what: str, control_tokens: re.Pattern[str] = CONTROL_PATTERN
+) -> tuple[str, int, str] | None:
     """Why a value cannot be this text: a sentence on `what`, the character at which the problem is, and its kind."""
-    if control := CONTROL_PATTERN.search(text):
+    if control := control_tokens.search(text):
         return f"control token {control[0]} inside {what}", control.start(), "control token"
     return None if text.strip() else (f"{what} is empty", 0, "empty value")
 

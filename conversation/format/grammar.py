@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from conversation.format.calls import call_pieces, target_problem, text_problem
+from conversation.format.control_tokens import CONTROL_PATTERN
 
 
 class Value(Enum):
@@ -60,13 +61,13 @@ def is_one_line(text: str) -> bool:
     return len(f"{text}.".splitlines()) == 1
 
 
-def may_go_on(kind: Value, text: str) -> bool:
+def may_go_on(kind: Value, text: str, control_tokens: re.Pattern[str] = CONTROL_PATTERN) -> bool:
     """Whether a value may read like this so far. It can then always be ended within its longest length."""
     if kind is Value.CONFIDENCE:
         return any(number.startswith(text) for number in CONFIDENCES)
     if kind is Value.TARGET:  # after an underscore there must be room for another character
         return bool(_TARGET_SO_FAR.fullmatch(text)) and len(text) + text.endswith("_") <= MAX_CHARACTERS[kind]
-    return len(text) <= MAX_CHARACTERS[kind] and is_one_line(text) and text_problem(text, "") is None
+    return len(text) <= MAX_CHARACTERS[kind] and is_one_line(text) and text_problem(text, "", control_tokens) is None
 
 
 def may_end(kind: Value, text: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from conversation.format.calls import (
     DECLARATIONS,
     END_OF_QUESTION,
@@ -19,6 +21,7 @@ from conversation.format.calls import (
     text_problem,
 )
 from conversation.format.control_tokens import (
+    CONTROL_PATTERN,
     END_CALL,
     END_DECLARATION,
     END_OF_TURN,
@@ -50,9 +53,10 @@ class FormatError(ValueError):
 class _Scanner:
     """A position in a text. It moves forward over expected text."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, control_tokens: re.Pattern[str] = CONTROL_PATTERN):
         self.text = text
         self.position = 0
+        self.control_tokens = control_tokens
 
     def error(self, problem: str, position: int | None = None, kind: str = "syntax") -> FormatError:
         return FormatError(problem, self.text, self.position if position is None else position, kind)
@@ -82,7 +86,7 @@ class _Scanner:
         self.expect(f"{name}:{ESCAPE}")
         start = self.position
         value = self.until(ESCAPE, f"the value of {name}")
-        if found := text_problem(value, f"the value of {name}"):
+        if found := text_problem(value, f"the value of {name}", self.control_tokens):
             sentence, offset, kind = found
             raise self.error(sentence, start + offset, kind)
         return value, start
@@ -130,12 +134,13 @@ def _scan_choice(scan: _Scanner) -> FollowUp:
     return FollowUp(text, confidence, target)
 
 
-def parse_answer(text: str) -> Answer:
+def parse_answer(text: str, control_tokens: re.Pattern[str] = CONTROL_PATTERN) -> Answer:
     """Parse a whole model answer, up to and including its `<end_of_turn>`.
 
-    Nothing is repaired. Raises FormatError with the position of the first invalid character.
+    `control_tokens` finds what no value may contain; `tokenizer.answer_pattern` gives that of a vocabulary. Nothing is
+    repaired. Raises FormatError with the position of the first invalid character.
     """
-    scan = _Scanner(text)
+    scan = _Scanner(text, control_tokens)
     answer = _scan_answer(scan)
     if scan.position != len(text):
         raise scan.error(f"text after {END_OF_TURN}")

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from conversation.models.frozen_weights import looking_like_float32
 from conversation_config import LORA_TARGETS, TrainingConfig
 
 
@@ -32,7 +33,10 @@ def add_adapters(model: nn.Module, config: TrainingConfig) -> PeftModel:
     """The model with fresh LoRA adapters. Everything else is frozen."""
     lora = lora_config(config)
     lora._register_custom_module({nn.Linear: FusedLoraLinear})  # peft's hook for custom layers
-    return get_peft_model(model, lora)
+    with looking_like_float32(model):
+        adapted = get_peft_model(model, lora)
+    lora.base_model_name_or_path = config.base_model  # as it was named, not where it lies on this machine
+    return adapted
 
 
 class FusedLoraLinear(Linear):
@@ -67,7 +71,7 @@ class _LowRankLinear(torch.autograd.Function):
         # The same draw as nn.Dropout's on a CPU: the same seed gives the same masks.
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate) if rate else None
         low = _flat(_dropped(x, mask)) @ a.T
-        output = nn.functional.linear(x, weight, bias)
+        output = nn.functional.linear(x, weight.to(x.dtype), bias)  # a weight may be held in bfloat16
         ctx.scaling = scaling / (1 - rate)
         output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=ctx.scaling)
         ctx.save_for_backward(x, mask, low, weight, a, b)
@@ -82,7 +86,7 @@ class _LowRankLinear(torch.autograd.Function):
         grad_b = (low.T @ grad).mul_(ctx.scaling).T  # the faster order for the matrix library
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
+            grad_x = grad @ weight.to(grad.dtype)
             if mask is None:
                 grad_x.addmm_(grad_low, a)
             else:

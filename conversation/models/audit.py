@@ -6,6 +6,7 @@ It trusts no warning and no flag. It checks the ids.
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from conversation.format.control_tokens import END_OF_TURN, FORMAT_TOKENS, Contr
 from conversation.models.tokenizer import (
     PROBES,
     EncodedExample,
+    answer_pattern,
+    control_ids,
     decode,
+    encode,
     encode_example,
     fingerprint,
     id_of,
@@ -43,7 +47,7 @@ FUNCTION_GEMMA_IDS = {
 }
 """Checked for Gemma's vocabulary only."""
 FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")  # of Unicode, to which tokenizers normalise
-GIVE_TOKENS = "give a model the tokens: python -m conversation.models.new_tokens MODEL_FOLDER NEW_FOLDER"
+GIVE_TOKENS = "give a model the tokens: python -m conversation.models.new_tokens MODEL NEW_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,15 @@ def audit(
     """Load a model folder's tokenizer, check it, and encode the examples with it.
 
     Raises UserError with the text, the ids and the expected ones, when: a control token is not one id, or not its id in
-    Gemma's vocabulary; the padding token ends a turn; `<bos>` is not first, once; a control token typed by a user
-    becomes one; the ids of an example do not decode to it, or the model has no embedding for one; the fingerprint is
-    not the expected one. Lists all examples that fail.
+    Gemma's vocabulary; the padding token ends a turn; `<bos>` is not first, once; a control token of the vocabulary,
+    typed by a user, becomes one; an answer contains one; the ids of an example do not decode to it, or the model has no
+    embedding for one; the fingerprint is not the expected one. Lists all examples that fail.
     """
     tokenizer = load_tokenizer(folder)
     check_control_tokens(tokenizer)
     rows = _rows(folder)
     _check_examples(tokenizer, rows, PROBES, [encode_example(tokenizer, probe) for probe in PROBES])
+    _check_typed_tokens(tokenizer)
     found = fingerprint(tokenizer)
     if expected_fingerprint is not None and found != expected_fingerprint:
         raise _failed(
@@ -86,6 +91,12 @@ def audit(
     return tokenizer, encoded, Audit(found, len(examples), changed, first)
 
 
+def lacks_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a copy with new tokens would help: a control token of the format, or padding of its own, is missing."""
+    has_all = set(FORMAT_TOKENS) <= set(control_ids(tokenizer).values())
+    return not has_all or tokenizer.pad_token_id in (None, id_of(tokenizer, END_OF_TURN))
+
+
 def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError unless each control token of the format is one id, and no two share one."""
     seen: dict[int, str] = {}
@@ -96,6 +107,8 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
                 f"{token} becomes the ids {ids}, expected one id",
                 GIVE_TOKENS,
             )
+        if ids[0] not in control_ids(tokenizer):
+            raise _failed(f"{token} is an ordinary token, which a text can become", GIVE_TOKENS)
         if ids[0] in seen:
             raise _failed(f"{token} and {seen[ids[0]]} are both the id {ids[0]}")
         seen[ids[0]] = token
@@ -155,13 +168,28 @@ def _example_problem(
             if unicodedata.normalize(form, text) == decoded:
                 return f"the text is not in {form}, to which this tokenizer normalises: {found}"
         return found
-    pieces = [*example.prompt.pieces(), *example.answer.pieces()]
-    for token in FORMAT_TOKENS:
-        in_ids = ids.count(id_of(tokenizer, token))
-        in_text = sum(isinstance(piece, Control) and piece == token for piece in pieces)
-        if in_ids != in_text:
-            return f"{token} occurs {in_ids} times in the ids, expected {in_text}"
+    for value in (*example.answer.fragments, *(each.text for each in example.answer.follow_ups)):
+        if control := answer_pattern(tokenizer).search(value):
+            return f"its answer contains {control[0]}, a control token of this base"
+    return _miscounted(tokenizer, [*example.prompt.pieces(), *example.answer.pieces()], ids)
+
+
+def _miscounted(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], ids: Sequence[int]) -> str | None:
+    """Which control token of the vocabulary is more or less often in the ids than as a Control piece; or None."""
+    names = control_ids(tokenizer)
+    in_ids = Counter(names[i] for i in ids if i in names)
+    in_text = Counter(str(piece) for piece in pieces if isinstance(piece, Control))
+    for name in [*in_text, *in_ids]:
+        if in_ids[name] != in_text[name]:
+            return f"{name} occurs {in_ids[name]} times in the ids, expected {in_text[name]}"
     return None
+
+
+def _check_typed_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError when a control token of the vocabulary, typed by a user, becomes that token."""
+    pieces = [" ".join(control_ids(tokenizer).values())]
+    if problem := _miscounted(tokenizer, pieces, encode(tokenizer, pieces)):
+        raise _failed(f"typed by a user, {problem}", "take another model: this vocabulary cannot tell text from tokens")
 
 
 def _changed_by_flag(folder: Path, examples: Sequence[Example], encoded: Sequence[EncodedExample]) -> tuple[int, str]:

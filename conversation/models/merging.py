@@ -21,18 +21,18 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from conversation.errors import TRIED_AND_FAILED, UserError
-from conversation.format import calls
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
+from conversation.models.chat_format import write_chat_format
 from conversation.models.merged_model import write_manifest
+from conversation.models.merged_weights import changes_of, write_merged
 from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer, tokenizer_files
-from conversation.models.weights import load_model, training_device
+from conversation.models.weights import fp32_bytes, load_model, training_device
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
 from conversation.runs.machine import peak_memory_bytes
 from conversation.runs.record import MergeResult, now
 from conversation_config import MAX_NEW_TOKENS
 
-CHAT_TEMPLATE = Path(calls.__file__).with_name("chat_template.jinja")
 COMPARED_LOGITS = 16  # positions at the end of each prompt; all of them would be 0.3 GB a prompt
 COMPARED_TOKENS = 24  # of the greedy continuations
 LOGIT_TOLERANCE = 2e-4
@@ -57,20 +57,28 @@ def merge(
     model = _with_adapters(base_folder, adapters)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     expected = [_observe(model, ids, end_of_turn) for ids in prompt_ids]
+    changes = changes_of(model)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=end_of_turn,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    del model
+    gc.collect()
     try:
         try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise UserError(f"merging gives a value that is not finite: {error}", "", TRIED_AND_FAILED) from None
-        needed = sum(parameter.nbytes for parameter in merged.parameters())
-        try:
-            _save(merged, base_folder, part, end_of_turn, tokenizer.pad_token_id)
+            part.mkdir(parents=True)
+            write_merged(base_folder, part, changes, tied)
+            settings.save_pretrained(part)
+            for path in tokenizer_files(base_folder):
+                shutil.copy(path, part)
+            write_chat_format(part, load_tokenizer(part))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             cause = error if isinstance(error, OSError) else OSError(_os_error(error), str(error))
-            raise cannot_write(output, cause, needed) from None
-        del model, merged
-        gc.collect()
+            raise cannot_write(output, cause, fp32_bytes(base_folder)) from None
         found = _verify(part, prompt_ids, expected, end_of_turn, tied)
         files = file_hashes(part)
         write_manifest(part, files)
@@ -108,20 +116,6 @@ def _observe(model: Any, ids: list[int], end_of_turn: int) -> tuple[torch.Tensor
     attention = torch.ones_like(inputs)
     output = model.generate(input_ids=inputs, attention_mask=attention, generation_config=settings)
     return logits, output[0, len(ids) :].tolist()
-
-
-def _save(model: Any, base_folder: Path, folder: Path, end_of_turn: int, pad: int) -> None:
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=end_of_turn,
-        pad_token_id=pad,
-    )
-    model.save_pretrained(folder)
-    for path in tokenizer_files(base_folder):
-        shutil.copy(path, folder)
-    shutil.copy(CHAT_TEMPLATE, folder)
 
 
 def _tensor_names(path: Path) -> list[str]:

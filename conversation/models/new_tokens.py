@@ -1,4 +1,9 @@
-"""Add the control tokens of the format to a model, each with a sensible first embedding."""
+"""Add the control tokens of the format to a model, each with a sensible first embedding.
+
+`find_base_model` does it by itself for a base that lacks them, in the model cache. By hand:
+
+    python -m conversation.models.new_tokens MODEL NEW_FOLDER
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.format.control_tokens import CONTROL_TOKENS, END_OF_TURN, FORMAT_TOKENS
 from conversation.models.audit import FUNCTION_GEMMA_IDS, GIVE_TOKENS, audit
-from conversation.models.tokenizer import id_of, load_tokenizer
+from conversation.models.gguf_weights import load_gguf
+from conversation.models.tokenizer import control_ids, id_of, load_tokenizer
 from conversation.models.weights import load_model
 from conversation.runs.files import cannot_write, check_disk_space, make_folder, replace_folder
+from conversation_config import set_up_libraries
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,38 +36,40 @@ def save_with_control_tokens(
     """Save model and tokenizer with every control token of the format as one id.
 
     A Gemma vocabulary has unused ids for them (46 to 52, `<unused40>` to `<unused46>`); any other vocabulary grows. A
-    tokenizer without a padding token of its own gets one.
+    tokenizer without a padding token of its own gets one. One that puts a space in front of each text no longer does.
+    The weights keep their type.
     New tokens, and those in `untrained`, start from the mean embedding of the words in their names.
     """
     tokenizer.save_pretrained(folder)
     with contextlib.suppress(OSError):
         (folder / "chat_template.jinja").unlink()
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in CONTROL_TOKENS if token not in vocabulary and token in FUNCTION_GEMMA_IDS]
+    added = control_ids(tokenizer).values()
+    missing = [token for token in CONTROL_TOKENS if token not in added and token in FUNCTION_GEMMA_IDS]
     names = {FUNCTION_GEMMA_IDS[token]: token for token in missing}
     unused = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in names if i < len(tokenizer)}
     if missing and all(unused.get(i, "").startswith("<unused") for i in names):
         _rename_tokens(folder, {unused[i]: token for i, token in names.items()})
         tokenizer = load_tokenizer(folder)
     elif missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing})
-    grown = len(tokenizer) > len(vocabulary)
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    changed = bool(missing)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == id_of(tokenizer, END_OF_TURN):
         taken = tokenizer.get_vocab()
         pad = next((token for token in PADDING if token in taken), PADDING[0])
         tokenizer.add_special_tokens({"pad_token": pad})
         missing += [] if pad in taken else [pad]
-        grown = True
+        changed = True
         model.config.pad_token_id = tokenizer.pad_token_id
         if model.generation_config is not None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if grown:
+    if changed:
         tokenizer.save_pretrained(folder)
         with contextlib.suppress(OSError):
             (folder / "chat_template.jinja").unlink()
     needed = max(tokenizer.get_vocab()[token] for token in (*missing, *FORMAT_TOKENS)) + 1
     if needed > cast("nn.Embedding", model.get_input_embeddings()).num_embeddings:
         model.resize_token_embeddings(needed, mean_resizing=False)
+    remove_prefix_space(folder)
     renamed = load_tokenizer(folder)
     for token in (*missing, *untrained):
         _start_embedding(model, renamed, token)
@@ -93,23 +102,80 @@ def _start_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     matrices = [model.get_input_embeddings().weight] + ([] if tied else [model.get_output_embeddings().weight])
     with torch.no_grad():
         for weight in matrices:
-            mean = weight[word_ids].mean(dim=0)
-            usual = weight[:: max(1, len(weight) // 10_000)].norm(dim=1).median()
-            weight[token_id] = mean * (usual / mean.norm())
+            mean = weight[word_ids].float().mean(dim=0)
+            usual = weight[:: max(1, len(weight) // 10_000)].float().norm(dim=1).median()
+            weight[token_id] = (mean * (usual / mean.norm())).to(weight.dtype)
+
+
+def adds_prefix_space(folder: Path) -> bool:
+    """Whether a model folder's tokenizer puts a space in front of each text, as Llama 2's does.
+
+    Text between two control tokens would then not come back as it was.
+    """
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return json.dumps(_without_prefix_space(content)) != json.dumps(content)
+    except (OSError, ValueError, AttributeError, KeyError):
+        return False  # `load_tokenizer` says what is broken
+
+
+def remove_prefix_space(folder: Path) -> None:
+    """Let a tokenizer encode text as it is, and decode it so."""
+    if not adds_prefix_space(folder):
+        return
+    path = folder / "tokenizer.json"
+    content = _without_prefix_space(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    dropped = ("add_prefix_space", "legacy", "add_dummy_prefix")  # the library would build the normalizer anew
+    settings = {name: value for name, value in settings.items() if name not in dropped}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+
+
+def _without_prefix_space(content: dict[str, Any]) -> dict[str, Any]:
+    """The parsed tokenizer.json without what adds a space, and without what takes it away in decoding."""
+    changed = {**content}
+    for part, members in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
+        stages = content.get(part) or {}
+        kept = [stage for stage in map(_as_it_is, stages.get(members, [stages] if stages else [])) if stage]
+        changed[part] = {"type": "Sequence", members: kept} if members in stages else kept[0] if kept else None
+    if changed["normalizer"] == content.get("normalizer") and changed["pre_tokenizer"] == content.get("pre_tokenizer"):
+        return content  # nothing adds a space: what the decoder strips is its own matter
+    return changed
+
+
+def _as_it_is(stage: dict[str, Any]) -> dict[str, Any] | None:
+    """A stage of a tokenizer that neither adds nor strips a first space; None when it did nothing else."""
+    if stage["type"] == "Prepend" or (stage["type"] == "Strip" and "content" in stage):
+        return None
+    if stage.get("prepend_scheme") in ("always", "first"):
+        return {**stage, "prepend_scheme": "never"}
+    return {**stage, "add_prefix_space": False} if stage.get("add_prefix_space") else stage
 
 
 def main() -> int:
-    """`python -m conversation.models.new_tokens MODEL_FOLDER NEW_FOLDER`: a copy with the control tokens."""
+    """A copy of a model with the control tokens of the format, each one id, audited. What a training on a base that
+    lacks them does by itself, in the model cache."""
     parser = CommandLine(main.__doc__, prog="conversation.models.new_tokens")
-    parser.add_argument("model_folder", type=Path, help="a causal language model in safetensors")
+    parser.add_argument("model", type=Path, help="a causal language model: a folder in safetensors, or a GGUF file")
     parser.add_argument("new_folder", type=Path, help="where the copy goes; must not exist")
     args = parser.parse_args()
     if args.new_folder.exists():
         raise UserError(f"{args.new_folder} exists already", "name another, or remove it")
-    tokenizer = load_tokenizer(args.model_folder)
-    make_copy(load_model(args.model_folder), tokenizer, args.new_folder)
+    set_up_libraries()
+    make_copy(*load_any(args.model), args.new_folder)
     print(f"{args.new_folder}: {', '.join(FORMAT_TOKENS)} are one id each; the tokenizer audit passed")
     return 0
+
+
+def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder, the weights in their own type, or of a GGUF file."""
+    if source.is_file():
+        return load_gguf(source)
+    return load_model(source, "auto"), load_tokenizer(source)
 
 
 def make_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -125,8 +191,7 @@ def make_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
     check_disk_space(folder.parent, needed, "the copy")
     try:
         make_folder(part)
-        save_with_control_tokens(model, tokenizer, part)
-        audit(part, [])
+        give_control_tokens(model, tokenizer, part)
         replace_folder(part, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -134,12 +199,18 @@ def make_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
         raise cannot_write(folder, cause, needed) from None
     except UserError as error:
         problem = str(error).replace(str(part), str(folder))
-        raise UserError(f"{folder} was not made: {problem}", _hint(error.hint), error.exit_status) from None
+        raise UserError(f"{folder} was not made: {problem}", hint_after_copy(error.hint), error.exit_status) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _hint(hint: str) -> str:
+def give_control_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save model and tokenizer with the control tokens into an empty folder, and audit them. Raises UserError."""
+    save_with_control_tokens(model, tokenizer, folder)
+    audit(folder, [])
+
+
+def hint_after_copy(hint: str) -> str:
     """The hint of a failed audit, without the advice to do what was just done."""
     return "this tokenizer does not give text back as it is; take another model" if hint in ("", GIVE_TOKENS) else hint
 

@@ -9,14 +9,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
-from conversation.format.control_tokens import CONTROL_PATTERN, CONTROL_TOKENS, Control
+from conversation.format.control_tokens import (
+    CONTROL_PATTERN,
+    CONTROL_TOKENS,
+    Control,
+    cut,
+    is_control_name,
+    names_to_cut,
+    pattern_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,19 +99,60 @@ def encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[in
     """Ids of rendered pieces, without `<bos>`. Only a Control piece becomes a control token.
 
     In a literal piece, the name of a control token is encoded in two parts, cut after its first character. So no
-    tokenizer takes it for the token. The characters stay the same.
+    tokenizer takes it for the token. The characters stay the same. Control tokens are those of the vocabulary: see
+    `names_to_cut`.
     """
-    if not any(CONTROL_PATTERN.search(piece) for piece in pieces if not isinstance(piece, Control)):
+    pattern = _cut_pattern(tokenizer, len(tokenizer))
+    if not any(pattern.search(piece) for piece in pieces if not isinstance(piece, Control)):
         return tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
     ids: list[int] = []
-    for piece in pieces:
-        if isinstance(piece, Control):
-            ids.append(id_of(tokenizer, piece))
+    for is_control, run in itertools.groupby(pieces, lambda piece: isinstance(piece, Control)):
+        if is_control:
+            ids += [id_of(tokenizer, piece) for piece in run]
         else:
-            cuts = [0, *(found.start() + 1 for found in CONTROL_PATTERN.finditer(piece)), len(piece)]
-            for start, end in itertools.pairwise(cuts):
-                ids += tokenizer(piece[start:end], add_special_tokens=False)["input_ids"]
+            for part in cut("".join(run), pattern):
+                ids += tokenizer(part, add_special_tokens=False)["input_ids"]
     return ids
+
+
+@lru_cache(maxsize=4)
+def _cut_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+    """`size` is that of the tokenizer, which may grow."""
+    return pattern_of(control_names(tokenizer))
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The control tokens of a vocabulary by id: every added token whose name a text may hold, special or not."""
+    return _control_ids(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _control_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
+    return {i: name for i, name in added.items() if is_control_name(name)}
+
+
+def control_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What literal text may not hold whole, the longest first: see `names_to_cut`."""
+    return names_to_cut(str(token.content) for token in tokenizer.added_tokens_decoder.values())
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Of the control names those of special tokens: no value of an answer may contain one.
+
+    Other added tokens it may contain: Gemma has `<b>` and `<table>` among them.
+    """
+    return names_to_cut(str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def answer_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """A pattern that finds what no value of an answer may contain."""
+    return _answer_pattern(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _answer_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+    return pattern_of(special_names(tokenizer))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

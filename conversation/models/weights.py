@@ -94,12 +94,11 @@ def training_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Load a causal language model in FP32 from safetensors.
+def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """Load a causal language model from safetensors, in FP32 unless `dtype` says otherwise ("auto": as it is stored).
 
     Raises UserError when the files are broken or do not match: the library would invent a missing tensor.
     """
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -107,7 +106,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,  # returns a pair, against the library's annotation

@@ -53,6 +53,13 @@ def peak_memory_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def resident_memory_bytes() -> int:
+    """The memory of this program now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

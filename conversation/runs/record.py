@@ -94,6 +94,40 @@ class Start:
 
 
 @dataclass(frozen=True)
+class MemoryPlan:
+    """The memory that a training was expected to need, in bytes, and how its frozen weights are held.
+
+    `activations`: what autograd saves for the largest pass, of `tokens` packed tokens. `work`: what a pass has beside
+    them at any moment, the head's block included. `program`: libraries and data (0 on a card). `left`: what was still
+    free when weights and adapters were there.
+    """
+
+    frozen_weights: str
+    weights: int
+    adapters_and_optimizer: int
+    activations: int
+    work: int
+    program: int
+    left: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters_and_optimizer + self.activations + self.work + self.program
+
+    def __str__(self) -> str:
+        parts = {
+            f"weights in {self.frozen_weights}": self.weights,
+            "adapters and optimizer": self.adapters_and_optimizer,
+            f"activations of {self.tokens} tokens": self.activations,
+            "work": self.work,
+            "program": self.program,
+        }
+        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
+        return f"Memory plan: {self.total / 1e9:.2f} GB ({listed}); {self.left / 1e9:.2f} GB were still free."
+
+
+@dataclass(frozen=True)
 class TrainingResult:
     """The figures of a finished training. Losses are in nats per label token; files map to SHA-256."""
 
@@ -107,13 +141,20 @@ class TrainingResult:
     adapter_files: dict[str, str]
     files: dict[str, str]
     finished: str
+    memory_plan: MemoryPlan | None = None
 
     def __str__(self) -> str:
         held_out = f", {self.held_out_loss:.3f} held out" if self.held_out_loss is not None else ""
         return (
             f"Trained {self.steps} steps in {self.seconds / 60:.1f} minutes: loss {self.first_window_loss:.3f} in the "
-            f"first window, {self.last_window_loss:.3f} in the last{held_out}."
+            f"first window, {self.last_window_loss:.3f} in the last{held_out}.{self._memory()}"
         )
+
+    def _memory(self) -> str:
+        if self.memory_plan is None:
+            return ""
+        error = self.memory_plan.total / 1e9 / self.peak_memory_gb - 1
+        return f" Peak memory {self.peak_memory_gb:.2f} GB, the plan was {error:+.0%} off."
 
 
 @dataclass(frozen=True)
@@ -249,7 +290,7 @@ def _hash(value: dict[str, Any]) -> str:
 
 # --- resuming -------------------------------------------------------------------------------------------------------
 
-HARMLESS_CHANGES = ("logging_steps", "save_steps")
+HARMLESS_CHANGES = ("logging_steps", "save_steps", "frozen_weights")
 LENGTH = ("num_train_epochs", "max_steps")
 
 

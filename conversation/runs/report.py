@@ -12,6 +12,7 @@ from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RUN_NAME, RunFolder
 from conversation.runs.loss_curve import draw_loss_curve
+from conversation.runs.model_card import write_model_cards
 from conversation.runs.record import AnswersReport, RunRecord
 from conversation_config import flags_of
 
@@ -19,7 +20,7 @@ STOPS_HERE = "⟦stops being valid here⟧"
 
 
 def write_report(run: RunFolder) -> None:
-    """Draw loss_curve.png and write report.md from the current files of the run folder."""
+    """Draw loss_curve.png, write report.md and the models' cards from the current files of the run folder."""
     record = run.read()
     draw_loss_curve(run.read_metrics(), record.config.loss_on, run.loss_curve)
     tests = run.read_tests() if record.structural_tests else None
@@ -40,6 +41,7 @@ def write_report(run: RunFolder) -> None:
         _verbatim(command_that_repeats(record)),
     ]
     write_atomically(run.report, ("\n\n".join(parts) + "\n").encode())
+    write_model_cards(run)
 
 
 def _evaluation(run: RunFolder, record: RunRecord) -> list[str]:
@@ -140,6 +142,8 @@ def _figure_values(record: RunRecord) -> dict[str, str]:
         values["optimizer steps"] = str(training.steps)
         values["training time"] = f"{training.seconds / 60:.1f} min"
         values["peak memory, training"] = f"{training.peak_memory_gb:.2f} GB"
+        if plan := training.memory_plan:
+            values["memory plan"] = f"{plan.total / 1e9:.2f} GB, frozen weights in {plan.frozen_weights}"
     if merge := record.merge:
         difference = f"{merge.largest_logit_difference:.1e} of {merge.largest_logit:.1f}"
         values["largest logit difference, merged and read back"] = difference

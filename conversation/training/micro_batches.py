@@ -22,9 +22,13 @@ MEMORY_SHARE = 0.6
 
 @dataclass
 class TokenBudget:
-    """The packed tokens allowed in one forward and backward pass. It shrinks when memory runs out all the same."""
+    """The packed tokens allowed in one forward and backward pass. It shrinks when memory runs out all the same.
+
+    `bytes_per_token`: what autograd saves for one.
+    """
 
     tokens: int
+    bytes_per_token: float = 0.0
 
     def halve(self, tried: int) -> None:
         """Shrink after a step of `tried` packed tokens ran out of memory. A budget above `tried` did not bind."""
@@ -110,10 +114,12 @@ def measure_token_budget(model: nn.Module) -> TokenBudget:
     ):
         shared_prefix_loss(model, tree)
     model.train(was_training)
-    return TokenBudget(max(1, int(MEMORY_SHARE * _free_bytes(devices[0]) / (saved_bytes / probe_tokens))))
+    bytes_per_token = saved_bytes / probe_tokens
+    return TokenBudget(max(1, int(MEMORY_SHARE * free_bytes(devices[0]) / bytes_per_token)), bytes_per_token)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """The memory that this process may still take on a device."""
     if device.type != "cuda":
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, total = torch.cuda.mem_get_info(device)

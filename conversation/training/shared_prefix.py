@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from conversation.models.frozen_weights import WidenedLinear
 from conversation.training.prefix_tree import PrefixTree, TokenSequence, build_prefix_tree
 from conversation.training.tree_attention import ATTENTION_NAME
 from conversation.training.vocabulary_loss import SummedCrossEntropy
@@ -52,7 +53,7 @@ def use_shared_prefix_attention(model: nn.Module) -> None:
     """
     causal_lm = find_causal_lm(model)
     name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+    if type(head) not in (nn.Linear, WidenedLinear) or head.bias is not None or head.weight.requires_grad:
         raise ValueError(f"{name}: the head must be a frozen linear layer without bias and without an adapter")
     unknown = set(getattr(causal_lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:

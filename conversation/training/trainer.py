@@ -26,11 +26,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.models.adapters import add_adapters
 from conversation.models.tokenizer import EncodedExample
-from conversation.models.weights import load_model, training_device
+from conversation.models.weights import training_device
 from conversation.runs.files import file_hashes, replace_folder, sha256_file
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import peak_memory_bytes
-from conversation.runs.record import TrainingResult, now
+from conversation.runs.record import MemoryPlan, TrainingResult, now
 from conversation.training.batches import EpochDataLoader, OptimizerStepBatches
 from conversation.training.checkpoints import (
     CheckpointKeeper,
@@ -39,6 +39,7 @@ from conversation.training.checkpoints import (
     remove_unfinished_checkpoints,
     training_failure,
 )
+from conversation.training.memory_plan import load_frozen, plan_memory
 from conversation.training.micro_batches import (
     TokenBudget,
     backward_in_micro_batches,
@@ -77,7 +78,7 @@ def build_trainable_model(base_folder: Path, config: TrainingConfig) -> PeftMode
 
     Raises UserError when the base cannot be loaded, or its architecture does not support that step.
     """
-    base = load_model(base_folder)
+    base = load_frozen(base_folder, config)
     set_seed(config.seed)
     try:
         model = add_adapters(base, config)
@@ -103,6 +104,8 @@ def train_adapters(
     progress, saving, explosion = Progress(run), CheckpointKeeper(), ExplosionGuard()
     try:
         trainer = ConversationTrainer(model, data, config, run, callbacks=[progress, saving, explosion])
+        plan = trainer.memory_plan()
+        print(plan)
         progress.trainer = saving.trainer = explosion.trainer = trainer
         if checkpoint and (
             state := finished_state(checkpoint, config.steps(len(data.training), trainer.args.world_size))
@@ -147,6 +150,7 @@ def train_adapters(
         adapter_files=file_hashes(run.final_lora),
         files={path.name: sha256_file(path) for path in (run.metrics, run.training_data, run.held_out_data)},
         finished=now(),
+        memory_plan=plan,
     )
 
 
@@ -156,6 +160,7 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
     shutil.rmtree(part, ignore_errors=True)
     try:
         model.save_pretrained(str(part), save_embedding_layers=False)
+        (part / "README.md").unlink()  # peft's template; `write_report` writes a card from the record
         replace_folder(part, run.final_lora)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -248,6 +253,11 @@ class ConversationTrainer(Trainer):
             with torch.enable_grad():
                 self._budget = measure_token_budget(self.model)
         return self._budget
+
+    def memory_plan(self) -> MemoryPlan:
+        """What the training will need, its largest pass taken from the first steps."""
+        steps: Any = self.get_train_dataloader().batch_sampler
+        return plan_memory(self.model, list(self._data.training), steps, self.budget)
 
     def get_train_dataloader(self) -> DataLoader:
         batches = OptimizerStepBatches(

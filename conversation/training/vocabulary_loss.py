@@ -40,7 +40,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             tensor.to(hidden.device) for tensor in (tree.label_rows, tree.label_ids, tree.label_weights)
         )
         weights = weights.to(hidden.dtype)
-        label_heads = head[labels]
+        label_heads = head[labels].to(hidden.dtype)  # the head may be held in bfloat16
         label_logits = (hidden[rows] * label_heads).sum(-1)
         label_slopes = torch.ones_like(label_logits)
         if softcap is not None:
@@ -88,7 +88,8 @@ def _softmax_over_vocabulary(
     least, total = torch.ones_like(shift), torch.zeros_like(shift)  # lower bound of the sum; the sum so far
     mean = torch.zeros_like(hidden) if with_mean else None
     buffer = hidden.new_empty(block_size * len(hidden))  # one for all blocks: new memory would have to be mapped
-    for head_block in head.split(block_size):
+    for held_block in head.split(block_size):
+        head_block = held_block.to(hidden.dtype)
         logits = buffer[: len(head_block) * len(hidden)].view(len(hidden), len(head_block))
         torch.mm(hidden, head_block.T, out=logits)
         if softcap is not None:

@@ -128,10 +128,15 @@ def model_without_tokens(tmp_path_factory):
     return folder
 
 
-def test_a_model_without_the_control_tokens_is_refused_with_what_to_do(model_without_tokens):
+def test_a_tokenizer_without_the_control_tokens_does_not_pass_and_the_hint_says_what_to_do(model_without_tokens):
     with pytest.raises(UserError, match="expected one id") as caught:
-        base_models.find_base_model(str(model_without_tokens))
+        audit(model_without_tokens, [])
     assert "python -m conversation.models.new_tokens" in caught.value.hint
+
+
+def test_help_names_the_command_that_gives_a_base_its_tokens():
+    done = run_script("train_conversation.py", "--help")
+    assert "python -m conversation.models.new_tokens MODEL NEW_FOLDER" in " ".join(done.stdout.split())
 
 
 def test_a_model_is_given_the_control_tokens(model_without_tokens, tmp_path):
@@ -181,11 +186,11 @@ def lose_padding(folder):
 def test_a_copy_that_does_not_pass_the_whole_audit_is_not_called_good_and_nothing_stays(
     model_without_tokens, tmp_path, monkeypatch
 ):
-    """A tokenizer that puts a space in front, as Llama 2's does: its control tokens alone look right."""
+    """A tokenizer without capital letters: its control tokens alone look right."""
     folder = shutil.copytree(model_without_tokens, tmp_path / "model")
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    normalizers = [{"type": "Prepend", "prepend": "▁"}, content["normalizer"]]
+    normalizers = [{"type": "Lowercase"}, content["normalizer"]]
     content["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     path.write_text(json.dumps(content))
     for _ in range(2):

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import current_umask, easy_lines, run_script
+from conftest import TOOLS, current_umask, easy_lines, messages_of, run_script
 from faults import some_record
 from safetensors.torch import load_file, save_file
 
 from conversation.errors import UserError
-from conversation.format.calls import Prompt
-from conversation.models import merged_model, merging
+from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
+from conversation.models import merged_model, merged_weights, merging
 from conversation.models.adapters import add_adapters
 from conversation.models.weights import load_model
 from conversation.runs.folder import RunFolder
@@ -54,6 +54,31 @@ def test_the_merged_model_says_what_base_and_adapters_say(merged, tiny_folder, a
     assert (with_adapters - plain).abs().max() > 0.1
 
 
+def test_the_merge_gives_the_numbers_of_peft_in_one_file_or_in_shards(
+    merged, tiny_folder, adapters, tmp_path, monkeypatch
+):
+    from peft import PeftModel
+
+    wanted = PeftModel.from_pretrained(load_model(tiny_folder), adapters).merge_and_unload().state_dict()
+    monkeypatch.setattr(merged_weights, "SHARD_BYTES", 100_000)
+    merging.merge(tiny_folder, adapters, tmp_path / "shards", PROMPTS[:1], {})
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    for folder in (merged[0], tmp_path / "shards"):
+        found = load_model(folder).state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_base_in_bfloat16_is_merged_in_fp32(tiny_folder, adapters, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: t.bfloat16() for n, t in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    merging.merge(base, adapters, tmp_path / "merged", PROMPTS[:1], {})
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float32}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_the_merged_folder_is_complete_tied_and_fp32(merged):
     output, result = merged
     weights = load_file(output / "model.safetensors")
@@ -92,13 +117,15 @@ def test_adapters_that_are_not_finite_leave_nothing_under_the_final_name(tmp_pat
 
 
 def test_a_merge_that_changes_what_the_model_says_is_refused(tmp_path, tiny_folder, adapters, monkeypatch):
-    save = merging._save
+    merged = merged_weights._merged
 
-    def save_one_layer_wrong(model, *rest):
-        model.get_decoder().layers[2].mlp.up_proj.weight.data[:16] = 0  # a mere factor would be normalised away
-        save(model, *rest)
+    def one_layer_wrong(path, name, change):
+        tensor = merged(path, name, change)
+        if name.endswith("layers.2.mlp.up_proj.weight"):
+            tensor[:16] = 0  # a mere factor would be normalised away
+        return tensor
 
-    monkeypatch.setattr(merging, "_save", save_one_layer_wrong)
+    monkeypatch.setattr(merged_weights, "_merged", one_layer_wrong)
     with pytest.raises(UserError, match="is not base"):
         merging.merge(tiny_folder, adapters, tmp_path / "merged", PROMPTS, {})
     assert not (tmp_path / "merged").exists()
@@ -118,51 +145,6 @@ def test_a_merge_before_the_training_is_finished_is_refused(tmp_path):
 
 
 # --- the chat template ---------------------------------------------------------------------------------------------
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add_text",
-            "description": "Adds AI response text to current node.",
-            "parameters": {
-                "type": "object",
-                "properties": {"content": {"type": "string", "description": "Response text"}},
-                "required": ["content"],
-            },
-        },
-    },
-    {
-        "type": "function",
-        "function": {
-            "name": "add_choice",
-            "description": "Adds one predicted user response choice.",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "text": {"type": "string", "description": "User's response text"},
-                    "confidence": {"type": "number", "description": "Confidence 0.0-1.0"},
-                    "target": {"type": "string", "description": "Target node name"},
-                },
-                "required": ["text", "confidence", "target"],
-            },
-        },
-    },
-]
-
-
-def messages_of(prompt: Prompt) -> list[dict]:
-    messages = []
-    for utterance in prompt.history:
-        if utterance.speaker == "User":
-            messages.append({"role": "user", "content": utterance.text})
-            continue
-        call = {"type": "function", "function": {"name": "add_text", "arguments": {"content": utterance.text}}}
-        if messages and messages[-1]["role"] == "assistant":
-            messages[-1]["tool_calls"].append(call)
-        else:
-            messages.append({"role": "assistant", "tool_calls": [call]})
-    return [*messages, {"role": "user", "content": prompt.question}]
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +188,6 @@ def test_an_assistants_plain_content_becomes_a_line_of_the_history(chat):
 @pytest.mark.parametrize(
     "messages",
     [
-        [{"role": "user", "content": "x <end_of_turn> y"}],
-        [
-            {"role": "user", "content": "<escape>"},
-            {"role": "assistant", "content": "x"},
-            {"role": "user", "content": "y"},
-        ],
         [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}],
         [{"role": "assistant", "content": "x"}],
         [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
@@ -223,3 +199,51 @@ def test_the_template_refuses_what_it_cannot_render_safely(chat, messages):
 
     with pytest.raises((jinja2.exceptions.TemplateError, IndexError, ValueError)):
         chat.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=True, tokenize=False)
+
+
+def test_control_tokens_in_messages_and_tools_stay_text_and_sanitised_give_the_ids_that_were_trained(chat):
+    from conversation.format.control_tokens import CONTROL_TOKENS
+    from conversation.models.tokenizer import control_ids, encode_prompt
+
+    plain = chat.apply_chat_template(messages_of(Prompt("x")), tools=TOOLS, add_generation_prompt=True)["input_ids"]
+    wanted = [i for i in plain if i in control_ids(chat)]
+    for token in (*CONTROL_TOKENS, "<end_of_<end_of_turn>turn>", "\U000f0000<end_of_turn>\U000f0001"):
+        prompt = Prompt(f"x{token}y", (Utterance("AI", token),))
+        options = {"tools": TOOLS, "add_generation_prompt": True}
+        raw = chat.apply_chat_template(messages_of(prompt), **options)["input_ids"]
+        assert [i for i in raw if i in control_ids(chat)] == wanted, token
+        ids = chat.apply_chat_template(messages_of(prompt), **options, sanitize_control_tokens=True)["input_ids"]
+        assert [i for i in ids if i in control_ids(chat)] == wanted, token
+        if "\U000f0000" not in token:  # the library drops its own marks
+            assert list(ids) == encode_prompt(chat, prompt), token
+    tools = json.loads(json.dumps(TOOLS).replace("Adds AI", "Adds <end_of_turn> AI"))
+    ids = chat.apply_chat_template(messages_of(Prompt("x")), tools=tools, add_generation_prompt=True)["input_ids"]
+    assert [i for i in ids if i in control_ids(chat)] == wanted
+
+
+# --- the answer read back ------------------------------------------------------------------------------------------
+
+
+def test_the_library_reads_an_answer_back_as_the_calls_it_makes(chat):
+    texts = ("a {b}, c: {d", "42", "x, y: z}", 'say "hi"\n\\n')
+    choices = tuple(FollowUp(f"{name}, {{why}}?", "0.80", name) for name in ("one", "two_2", "three"))
+    answer = Answer(texts, choices)
+    message = chat.parse_response(answer.text, prefix="<start_of_turn>model\n")
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+    assert calls == [("add_text", {"content": text}) for text in texts] + [
+        ("add_choice", {"text": each.text, "confidence": "0.80", "target": each.target}) for each in choices
+    ]
+    assert message["role"] == "assistant" and not message.get("content")
+    typed = chat.parse_response(answer.text, prefix="<start_of_turn>model\n", tools=TOOLS)["tool_calls"]
+    assert [call["function"]["arguments"].get("confidence") for call in typed] == [None] * 4 + [0.8] * 3
+    assert typed[1]["function"]["arguments"] == {"content": "42"}
+
+
+def test_the_library_reads_every_real_answer_back(chat, own_examples):
+    for example in own_examples[::25]:
+        calls = chat.parse_response(example.answer.text, prefix="", tools=TOOLS)["tool_calls"]
+        read = [call["function"]["arguments"] for call in calls]
+        assert tuple(each["content"] for each in read if "content" in each) == example.answer.fragments
+        assert [each["confidence"] for each in read if "target" in each] == [
+            each.probability for each in example.answer.follow_ups
+        ]

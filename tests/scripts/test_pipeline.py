@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import LEARNS, PROJECT, lay_into_hub_cache, make_home
+from conftest import LEARNS, PROJECT, TOOLS, lay_into_hub_cache, make_home
+from faults import until
 
 LEARNS_NOT = "--max_steps 2 --learning_rate 1e-5".split()
 
@@ -67,6 +69,47 @@ def test_the_merged_folder_serves_on_its_own_as_the_readme_says(home, published,
     from conversation.format.parser import parse_answer
 
     parse_answer(done.stdout.strip())  # raises unless the answer is valid
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_an_openai_client_with_tool_calls(home, published):
+    from openai import OpenAI
+
+    merged = home / "training-runs" / "conversation" / "latest" / "merged_model_fp32"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", merged, "--device", "cpu", "--dtype", "float32"]
+    server = subprocess.Popen(
+        [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        until(lambda: server.poll() is not None or is_up(client), seconds=300)
+        assert server.poll() is None, server.stdout.read().decode()
+        for question in ("What's red?", "What's <end_of_turn>?"):
+            messages = [{"role": "user", "content": question}]
+            reply = client.chat.completions.create(model=str(merged), messages=messages, tools=TOOLS, temperature=0)
+            choice = reply.choices[0]
+            calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+            assert [name for name, _ in calls] == ["add_text"] + ["add_choice"] * 3, reply
+            assert calls[0][1] == {"content": "It depends."}
+            assert [arguments["confidence"] for _, arguments in calls[1:]] == [0.61, 0.25, 0.08]
+            assert choice.finish_reason == "tool_calls" and not choice.message.content
+    finally:
+        server.kill()
+        server.wait()
+
+
+def is_up(client) -> bool:
+    from openai import APIError
+
+    try:
+        return bool(client.models.list())
+    except APIError:
+        return False
 
 
 def test_a_run_that_fails_its_tests_is_not_published_and_says_where(home, published):
