@@ -30,7 +30,7 @@ from conversation.runs.machine import is_first_process
 from conversation.runs.publishing import attempt_to_resume, begin_attempt, bytes_of_attempts
 from conversation.runs.record import RunRecord, changes_on_resume
 from conversation.runs.report import write_report
-from conversation_config import TRAINING_RUNS, add_training_flags, resolve_settings, set_up_libraries
+from conversation_config import TRAINING_RUNS, add_device_flag, add_training_flags, resolve_settings, set_up_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,8 +41,11 @@ if TYPE_CHECKING:
 def main() -> int:
     args = parse_flags()
     set_up_libraries()
+    from conversation.models.device import use_device
     from conversation.training.preparation import prepare, print_statistics
 
+    if not args.check_data:
+        use_device(args.device)  # before the minutes of work that would be for nothing
     if args.check_data:
         print_statistics(prepare(resolve_settings(args)), as_json=args.json)
     elif not args.resume:
@@ -63,6 +66,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--attempt", action="store_true", help="for RETRAIN.sh: the run is its attempt")
     parser.add_argument("--check_data", action="store_true", help="validate, print statistics, train nothing")
     parser.add_argument("--json", action="store_true", help="with --check_data: print one JSON object")
+    add_device_flag(parser)
     parser.add_argument("--fp16", action="store_true", help="refused: Gemma 3's activations overflow to NaN")
     parser.add_argument("--bf16", action="store_true", help="refused: Turing cards lack it, and the model is FP32")
     args = parser.parse_args()
@@ -78,6 +82,7 @@ def parse_flags() -> argparse.Namespace:
 
 def begin(args: argparse.Namespace, prepared: Prepared) -> None:
     """Train a new run. Its folder and record are made after every check."""
+    from conversation.training.memory import check_card_memory
     from conversation.training.preparation import check_space_for
     from conversation.training.processes import decided_by_first, wait_for_first
     from conversation.training.trainer import build_trainable_model
@@ -86,6 +91,7 @@ def begin(args: argparse.Namespace, prepared: Prepared) -> None:
     if is_first_process():
         run.check_unused()
     check_space_for(prepared, run.path, to_be_freed=bytes_of_attempts() if args.attempt else 0)
+    check_card_memory(prepared.base_folder, prepared.config.lora_r)
     model = build_trainable_model(prepared.base_folder, prepared.config)
     record = prepared.record()
     if args.attempt:
@@ -138,7 +144,7 @@ def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftMode
         write_atomically(run.training_data, to_jsonl(prepared.training))
         write_atomically(run.held_out_data, to_jsonl(prepared.held_out))
         run.write(record)
-    print(f"Run folder: {shown(run.path)}\n{prepared}")
+    print(f"Run folder: {shown(run.path)}\n{prepared}\nDevice: {record.environment.machine['device']}")
     result = train_adapters(model, prepared.training_set, prepared.config, run, checkpoint)
     if is_first_process():
         run.write(replace(record, training=result))

@@ -87,13 +87,6 @@ def identify(folder: Path, name: str, tokenizer_fingerprint: str) -> BaseIdentit
     )
 
 
-def training_device() -> str:
-    """The device of training, merging and testing. Other accelerators are not known to compute the same."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_model(folder: Path) -> PreTrainedModel:
     """Load a causal language model in FP32 from safetensors.
 

@@ -433,7 +433,7 @@ def test_the_free_memory_of_a_gpu_counts_its_cache_and_stops_at_the_cap(monkeypa
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction[-1])
     for fraction[:], free in (([1.0], 3000 + 1500), ([0.4], 4000 - 500)):
-        assert micro_batches._free_bytes(torch.device("cuda", 0)) == free
+        assert micro_batches.free_bytes(torch.device("cuda", 0)) == free
 
 
 def test_memory_that_never_suffices_is_an_error(gemma_pair, monkeypatch):
@@ -448,7 +448,7 @@ def test_memory_that_never_suffices_is_an_error(gemma_pair, monkeypatch):
 def test_the_budget_follows_the_free_memory(gemma_pair, monkeypatch):
     budgets = []
     for free in (2**26, 2**27):
-        monkeypatch.setattr(micro_batches, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(micro_batches, "free_bytes", lambda device, free=free: free)
         state = torch.get_rng_state()
         budgets.append(measure_token_budget(gemma_pair[0]).tokens)
         assert torch.equal(torch.get_rng_state(), state)
@@ -459,7 +459,7 @@ def test_the_budget_follows_the_free_memory(gemma_pair, monkeypatch):
 
 
 def test_the_budget_counts_what_dropout_keeps_whatever_mode_the_model_is_in(monkeypatch):
-    monkeypatch.setattr(micro_batches, "_free_bytes", lambda device: 2**26)
+    monkeypatch.setattr(micro_batches, "free_bytes", lambda device: 2**26)
     shared, _ = make_pair(dropout=0.3)
     measured = [measure_token_budget(shared.train(mode)).tokens for mode in (True, False)]
     assert measured[0] == measured[1] < measure_token_budget(make_pair()[0]).tokens
