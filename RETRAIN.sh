@@ -6,6 +6,7 @@
 #   ./RETRAIN.sh --resume     go on with the newest attempt
 #
 # Every other flag goes to train_conversation.py (see its --help), for example --learning_rate 2e-5.
+# --device cpu or --device cuda is for all stages.
 # Exit status: 0 published; 1 tried and failed; 2 not started; 129, 130 or 143 stopped; can be resumed.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with another shell
 set -euo pipefail

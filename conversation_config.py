@@ -184,6 +184,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """`--device`, of every script that computes. It is no setting of a run: a run may go on elsewhere."""
+    help_text = "where to compute (default: a card if there is one, else the CPU)"
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=help_text)
+
+
 def resolve_settings(args: argparse.Namespace, recorded: TrainingConfig | None = None) -> TrainingConfig:
     """The settings that parsed flags ask for; `recorded`: those of the run that is resumed. Raises UserError."""
     start = TrainingConfig() if args.recipe == "original" else recorded or TrainingConfig()

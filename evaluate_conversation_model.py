@@ -31,7 +31,7 @@ from conversation.runs.files import find_damage, shown
 from conversation.runs.folder import RunFolder, named_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.report import write_report
-from conversation_config import EVALUATION_QUESTIONS, set_up_libraries
+from conversation_config import EVALUATION_QUESTIONS, add_device_flag, set_up_libraries
 
 DECODINGS = ("greedy", "constrained", "contrast", "best_of_n")
 SHORT = 4  # a short evaluation asks every fourth pair of a root question and a follow-up
@@ -80,6 +80,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("evaluation.json"), help="with --model and --compare: where the result goes"
     )
+    add_device_flag(parser)
     return parser.parse_args()
 
 
@@ -109,8 +110,10 @@ def evaluate(
     set_up_libraries()
     from conversation.answering.decoding import Decoding
     from conversation.answering.evaluation import evaluate as evaluate_model
+    from conversation.models.device import use_device
     from conversation.models.merged_model import load_verified
 
+    print(f"Device: {use_device(args.device)}")
     model, tokenizer = load_verified(folder, fingerprint)
     return evaluate_model(model, tokenizer, name, cases, training, Decoding(args.decoding), args.short)
 

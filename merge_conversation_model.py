@@ -22,7 +22,7 @@ from conversation.runs.files import check_disk_space, find_damage, shown
 from conversation.runs.folder import RunFolder, named_run
 from conversation.runs.record import RunRecord
 from conversation.runs.report import write_report
-from conversation_config import set_up_libraries
+from conversation_config import add_device_flag, set_up_libraries
 
 COMPARED_PROMPTS = 3
 
@@ -32,11 +32,12 @@ def main() -> int:
     parser.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
     parser.add_argument("--base_model", help="where the base is now (default: what the run was trained on)")
     parser.add_argument("--resume", action="store_true", help="do nothing if the merged model is intact")
+    add_device_flag(parser)
     args = parser.parse_args()
     run = named_run(args.run_dir)
     with run.at_work() as record:
         if not (args.resume and is_merged(run, record)):
-            merge(run, record, args.base_model or record.base_model.name)
+            merge(run, record, args.base_model or record.base_model.name, args.device)
         write_report(run)  # always: an earlier process may have ended between record and report
     return 0
 
@@ -52,7 +53,7 @@ def is_merged(run: RunFolder, record: RunRecord) -> bool:
     return problem is None
 
 
-def merge(run: RunFolder, record: RunRecord, base_model: str) -> None:
+def merge(run: RunFolder, record: RunRecord, base_model: str, device: str | None) -> None:
     """Check that adapters and base are those of the training. Merge, verify, record."""
     training = record.training
     if not training:
@@ -63,7 +64,9 @@ def merge(run: RunFolder, record: RunRecord, base_model: str) -> None:
             raise UserError(f"the adapters or data are not those of the training: {damage}", "train with --resume")
     set_up_libraries()
     from conversation.models import base_models, merging, tokenizer, weights
+    from conversation.models.device import use_device
 
+    print(f"Device: {use_device(device)}")
     base_folder = base_models.find_base_model(base_model)
     fingerprint = tokenizer.fingerprint(tokenizer.load_tokenizer(base_folder))
     if differences := record.base_model.differences(weights.identify(base_folder, base_model, fingerprint)):

@@ -25,7 +25,7 @@ from conversation.runs.files import find_damage, shown
 from conversation.runs.folder import RunFolder, named_run
 from conversation.runs.record import AnswersReport, RunRecord
 from conversation.runs.report import write_report
-from conversation_config import HELD_OUT_QUESTIONS, set_up_libraries
+from conversation_config import HELD_OUT_QUESTIONS, add_device_flag, set_up_libraries
 
 
 def main() -> int:
@@ -35,19 +35,20 @@ def main() -> int:
     which.add_argument("--model", type=Path, help="a merged model folder")
     parser.add_argument("--questions", type=Path, default=HELD_OUT_QUESTIONS, help="held-out questions, JSONL")
     parser.add_argument("--resume", action="store_true", help="do nothing if this model has passed already")
+    add_device_flag(parser)
     args = parser.parse_args()
     if args.model:
-        return status_of(ask(args.model.resolve(), args.questions))
+        return status_of(ask(args.model.resolve(), args.questions, args.device))
     run = named_run(args.run_dir)
     record = run.read()
     if run.is_published(record):
         print(f"{shown(run.path)} is published: the test changes nothing in it.")
-        return status_of(ask_run(run, record, args.questions))
+        return status_of(ask_run(run, record, args.questions, args.device))
     with run.at_work() as record:
         if args.resume and has_passed(run, record):
             write_report(run)  # an earlier process may have ended between record and report
             return 0
-        tests = ask_run(run, record, args.questions)
+        tests = ask_run(run, record, args.questions, args.device)
         run.write(replace(record, structural_tests=run.write_tests(tests)))
         write_report(run)
         return status_of(tests)
@@ -62,22 +63,26 @@ def has_passed(run: RunFolder, record: RunRecord) -> bool:
     return damage is None
 
 
-def ask_run(run: RunFolder, record: RunRecord, questions_file: Path) -> AnswersReport:
+def ask_run(run: RunFolder, record: RunRecord, questions_file: Path, device: str | None) -> AnswersReport:
     """Ask the merged model of a run. Raises UserError unless it is the model that the merge verified."""
     if not record.merge:
         raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
     if damage := find_damage(run.merged_model, record.merge.files):
         raise UserError(f"the merged model is not the one that was verified: {damage}", "merge it again")
-    return ask(run.merged_model, questions_file, record.base_model.tokenizer_fingerprint)
+    return ask(run.merged_model, questions_file, device, record.base_model.tokenizer_fingerprint)
 
 
-def ask(folder: Path, questions_file: Path, expected_fingerprint: str | None = None) -> AnswersReport:
+def ask(
+    folder: Path, questions_file: Path, device: str | None, expected_fingerprint: str | None = None
+) -> AnswersReport:
     """Check a model and its tokenizer, ask the tests and the held-out questions, print the verdicts."""
     questions = read_questions(questions_file)
     set_up_libraries()
     from conversation.answering.structural_tests import run_tests
+    from conversation.models.device import use_device
     from conversation.models.merged_model import load_verified
 
+    print(f"Device: {use_device(device)}")
     model, tokenizer = load_verified(folder, expected_fingerprint)
     return run_tests(model, tokenizer, questions)
 

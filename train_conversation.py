@@ -30,7 +30,7 @@ from conversation.runs.machine import is_first_process
 from conversation.runs.publishing import attempt_to_resume, begin_attempt, bytes_of_attempts
 from conversation.runs.record import RunRecord, changes_on_resume
 from conversation.runs.report import write_report
-from conversation_config import TRAINING_RUNS, add_training_flags, resolve_settings, set_up_libraries
+from conversation_config import TRAINING_RUNS, add_device_flag, add_training_flags, resolve_settings, set_up_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,8 +41,11 @@ if TYPE_CHECKING:
 def main() -> int:
     args = parse_flags()
     set_up_libraries()
+    from conversation.models.device import use_device
     from conversation.training.preparation import prepare, print_statistics
 
+    if not args.check_data:
+        use_device(args.device)  # before the minutes of work that would be for nothing
     if args.check_data:
         print_statistics(prepare(resolve_settings(args)), as_json=args.json)
     elif not args.resume:
@@ -63,6 +66,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--attempt", action="store_true", help="for RETRAIN.sh: the run is its attempt")
     parser.add_argument("--check_data", action="store_true", help="validate, print statistics, train nothing")
     parser.add_argument("--json", action="store_true", help="with --check_data: print one JSON object")
+    add_device_flag(parser)
     parser.add_argument("--fp16", action="store_true", help="refused: Gemma 3's activations overflow to NaN")
     parser.add_argument("--bf16", action="store_true", help="refused: Turing cards lack it, and the model is FP32")
     args = parser.parse_args()
@@ -139,7 +143,7 @@ def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftMode
         write_atomically(run.training_data, to_jsonl(prepared.training))
         write_atomically(run.held_out_data, to_jsonl(prepared.held_out))
         run.write(record)
-    print(f"Run folder: {shown(run.path)}\n{prepared}")
+    print(f"Run folder: {shown(run.path)}\n{prepared}\nDevice: {record.environment.machine['device']}")
     result = train_adapters(model, prepared.training_set, prepared.config, run, checkpoint)
     if is_first_process():
         run.write(replace(record, training=result))

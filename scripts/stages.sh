@@ -6,14 +6,17 @@ source "$project/scripts/environment.sh"
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # left over: a retrain is one process
 root=$project/training-runs/conversation
 stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
-number=0 name='' child='' stopped=0 resumed=no before='' attempt=''
+number=0 name='' child='' stopped=0 resumed=no before='' attempt='' device=''
 
-# help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note whether to resume
+# help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note --resume and --device
 help_or_go_on() {
-    local flag
+    local flag previous=
     for flag in "$@"; do
+        [ "$previous" != --device ] || device=$flag
+        previous=$flag
         case "$flag" in
             --resume) resumed=yes ;;
+            --device=*) device=${flag#--device=} ;;
             -h | --help) sed -n -e '1d' -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$project/RETRAIN.sh"; exit 0 ;;
             --run_dir* | --check_data | --json | --attempt)
                 printf 'error: %s is not for RETRAIN.sh\nhint: it goes to train_conversation.py\n' "$flag" >&2
@@ -55,13 +58,14 @@ one_retrain_at_a_time() {
     before=$(bookkeeping newest)
 }
 
-# run SCRIPT FLAG...   run a script of the project as a child. Ctrl-C, SIGTERM and a closed terminal reach it, so that it
-#                      can save its work. RETRAIN.sh then ends with its status and begins no further stage.
+# run SCRIPT FLAG...   run a script of the project as a child, on the device that was asked for. Ctrl-C, SIGTERM and a
+#                      closed terminal reach it, so that it can save its work. RETRAIN.sh then ends with its status and
+#                      begins no further stage.
 run() {
     local script="$project/$1" status=0
     shift
     set -m
-    "$python" "$script" "$@" &
+    "$python" "$script" "$@" ${device:+"--device=$device"} &
     child=$!
     set +m
     wait "$child" || status=$? # a signal to us ends this wait, but not the child

@@ -17,8 +17,8 @@ from conversation_config import FUNCTION_GEMMA
 pytest_plugins = ["faults"]
 
 PROJECT = Path(__file__).resolve().parent.parent
-SAMPLE = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"
-INPUTS = PROJECT.parent / "shared" / "inputs"  # small inputs that failed once, if they are beside the checkout
+INPUTS = PROJECT / "tests" / "inputs"  # small inputs that failed once, and lines of the original data
+MORE_LINES = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"
 TREES = PROJECT / "data" / "conversation_trees"
 
 LEARNS = "--max_steps 90 --learning_rate 5e-3 --warmup_steps 10 --lora_r 32 --lora_alpha 64 --lora_dropout 0".split()
@@ -40,10 +40,15 @@ def own_examples():
 
 @pytest.fixture(scope="session")
 def real_lines(own_examples) -> list[str]:
-    """Training lines to round-trip: the project's own, and the original's if its sample is beside the checkout."""
+    """Training lines to round-trip: the project's own, and the hardest of the original's.
+
+    More of these where a sample lies beside the checkout.
+    """
     lines = [json.dumps({"text": example.text}) for example in own_examples]
-    if SAMPLE.exists():
-        lines += SAMPLE.read_text(encoding="utf-8").splitlines()
+    for path in (INPUTS / "sample_lines.jsonl", MORE_LINES):
+        if path == MORE_LINES and not path.exists():
+            continue
+        lines += path.read_text(encoding="utf-8").splitlines()
     return lines
 
 

@@ -160,6 +160,22 @@ def bad_numbers_at(call: int, what: str) -> None:
     trainer.backward_in_micro_batches = spoiled
 
 
+def a_signal_in_step(call: int) -> None:
+    """Send this process SIGTERM while it takes the given step."""
+    from conversation.training import trainer
+
+    plain, count = trainer.backward_in_micro_batches, 0
+
+    def signalled(model, *arguments):
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(model, *arguments)
+
+    trainer.backward_in_micro_batches = signalled
+
+
 def losses_twice_as_large_from(call: int) -> None:
     """From the given step on, double the reported loss."""
     from conversation.training import trainer

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from conversation.errors import UserError
 from conversation.models.audit import audit
+from conversation.models.device import training_device
 from conversation.models.tokenizer import fingerprint, load_tokenizer
-from conversation.models.weights import load_model, training_device
+from conversation.models.weights import load_model
 from conversation.runs.files import find_damage, read_json, shown, write_json
 
 if TYPE_CHECKING:

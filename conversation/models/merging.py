@@ -24,10 +24,11 @@ from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.chat_format import write_chat_format
+from conversation.models.device import training_device
 from conversation.models.merged_model import write_manifest
 from conversation.models.merged_weights import changes_of, write_merged
 from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer, tokenizer_files
-from conversation.models.weights import fp32_bytes, load_model, training_device
+from conversation.models.weights import fp32_bytes, load_model
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
 from conversation.runs.machine import peak_memory_bytes
 from conversation.runs.record import MergeResult, now

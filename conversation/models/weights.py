@@ -87,13 +87,6 @@ def identify(folder: Path, name: str, tokenizer_fingerprint: str) -> BaseIdentit
     )
 
 
-def training_device() -> str:
-    """The device of training, merging and testing. Other accelerators are not known to compute the same."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     """Load a causal language model from safetensors, in FP32 unless `dtype` says otherwise ("auto": as it is stored).
 

@@ -15,22 +15,74 @@ from conversation.runs.record import Environment
 from conversation_config import PROJECT
 
 
-def environment() -> Environment:
-    """Versions, machine and git commit, for run.json."""
-    import psutil
-
+def environment(device: str = "") -> Environment:
+    """Versions, machine and git commit, for run.json. `device`: where the run computes, and why there."""
     packages = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
     versions = {name: version for name in packages if (version := _version(name))}
     return Environment(
         versions={"python": platform.python_version(), **versions},
-        machine={
-            "system": f"{platform.system()} {platform.release()}",
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        },
+        machine={**machine(), **({"device": device} if device else {})},
         git_commit=_git_commit(),
     )
+
+
+def machine() -> dict[str, str | int | float]:
+    """System, processor, cores and memory, as far as this process may use them."""
+    import psutil
+
+    limits = [limit for limit, _ in _memory_limits()]
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory_gb": round(min([psutil.virtual_memory().total, *limits]) / 1e9, 1),
+    }
+
+
+def available_memory_bytes() -> int:
+    """The memory that this process may still take: what is free on the machine and below every limit set for it."""
+    import psutil
+
+    left = [limit - used for limit, used in _memory_limits()]
+    return max(0, min([psutil.virtual_memory().available, *left]))
+
+
+def _memory_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """Limits of this process's memory, as (limit, used of it): those of its control groups, and `ulimit -v`.
+
+    A container's limit is its control group's. Cached files count as used there but give way, so they are left out.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for line in own.read_text(encoding="utf-8", errors="replace").splitlines():
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            if controllers == "":
+                place, names = root, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                place = root / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            folder = place / path.lstrip("/")
+            for group in (folder, *folder.parents):
+                if group.is_relative_to(place) and (limit := _limit_of_group(group, *names)):
+                    found.append(limit)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            found.append((limit, pages * resource.getpagesize()))
+    return found
+
+
+def _limit_of_group(group: Path, limit: str, used: str, cached: str) -> tuple[int, int] | None:
+    """A control group's limit and what is used of it; None without a limit."""
+    try:
+        most, current = int((group / limit).read_text()), int((group / used).read_text())
+        statistics = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
+        return most, current - int(statistics.get(cached, 0))
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
 
 
 def number_of_processes() -> int:

@@ -314,6 +314,9 @@ def changes_on_resume(record: RunRecord, current: RunRecord) -> list[str]:
     elif steps > before:
         rate = after_a_longer_run(record.config, before, current.config, steps)
         harmless.append(f"The run is now {steps} steps long, was {before}: it goes on. {rate}")
+    before, device = (str(each.environment.machine.get("device", "")) for each in (record, current))
+    if before.split(" ")[0] != device.split(" ")[0] and before:
+        harmless.append(f"The run is now on the device {device}, was on {before}: it goes on, rounded differently.")
     if record.processes != current.processes:
         refused.append(f"processes: the run has {record.processes}, now {current.processes}")
     refused += record.data.differences(current.data) + record.base_model.differences(current.base_model)

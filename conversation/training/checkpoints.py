@@ -50,9 +50,10 @@ class CheckpointKeeper(TrainerCallback):
     trainer: Watched | None = None
 
     def on_save(self, args, state, control, model, **kwargs):
-        self.trainer.accelerator.wait_for_everyone()  # each process writes its random states
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.trainer.save_progress(folder)
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its random states and its progress
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
                 shutil.rmtree(folder)
                 raise self.trainer.bad_numbers(f"the adapters after step {state.global_step} are not finite")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from conversation.errors import UserError
+from conversation.models.device import training_device
 from conversation.models.frozen_weights import load_in_bfloat16, loses_bits
-from conversation.models.weights import adapter_bytes, fp32_bytes, load_model, training_device
+from conversation.models.weights import adapter_bytes, fp32_bytes, load_model
 from conversation.runs.files import size
 from conversation.runs.machine import resident_memory_bytes
 from conversation.runs.record import MemoryPlan
@@ -61,7 +62,7 @@ def _check_fits(needed: int, free: int, held: str) -> None:
         raise UserError(
             f"too little memory: weights held in {held}, adapters and one short example take {size(needed)}, "
             f"{size(free)} are free",
-            "free some, lower --lora_r, or train a smaller base",
+            "end other programs (on a card nvidia-smi lists them), lower --lora_r, or train a smaller base",
         )
 
 

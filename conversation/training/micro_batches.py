@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from conversation.runs.machine import available_memory_bytes
 from conversation.training.prefix_tree import TokenSequence, build_prefix_tree, common_prefix_length
 from conversation.training.shared_prefix import find_causal_lm, shared_prefix_loss
 
@@ -24,11 +24,12 @@ MEMORY_SHARE = 0.6
 class TokenBudget:
     """The packed tokens allowed in one forward and backward pass. It shrinks when memory runs out all the same.
 
-    `bytes_per_token`: what autograd saves for one.
+    `bytes_per_token`: what autograd saves for one. `free_bytes`: the memory that was free when it was measured.
     """
 
     tokens: int
     bytes_per_token: float = 0.0
+    free_bytes: int = 0
 
     def halve(self, tried: int) -> None:
         """Shrink after a step of `tried` packed tokens ran out of memory. A budget above `tried` did not bind."""
@@ -114,14 +115,14 @@ def measure_token_budget(model: nn.Module) -> TokenBudget:
     ):
         shared_prefix_loss(model, tree)
     model.train(was_training)
-    bytes_per_token = saved_bytes / probe_tokens
-    return TokenBudget(max(1, int(MEMORY_SHARE * free_bytes(devices[0]) / bytes_per_token)), bytes_per_token)
+    free, bytes_per_token = free_bytes(devices[0]), saved_bytes / probe_tokens
+    return TokenBudget(max(1, int(MEMORY_SHARE * free / bytes_per_token)), bytes_per_token, free)
 
 
 def free_bytes(device: torch.device) -> int:
     """The memory that this process may still take on a device."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return available_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     cap = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_allocated(device)

@@ -18,6 +18,7 @@ from conversation.errors import UserError, list_problems
 from conversation.format.calls import Example
 from conversation.models.audit import Audit, audit
 from conversation.models.base_models import find_base_model
+from conversation.models.device import decided_device
 from conversation.models.tokenizer import EncodedExample
 from conversation.models.weights import adapter_bytes, fp32_bytes, identify
 from conversation.runs.files import check_disk_space
@@ -85,7 +86,7 @@ class Prepared:
                 statistics=self.statistics,
             ),
             base_model=identify(self.base_folder, self.config.base_model, self.audit.fingerprint),
-            environment=environment(),
+            environment=environment(str(decided_device())),
             processes=number_of_processes(),
         )
 

@@ -35,7 +35,7 @@ def _connect() -> PartialState:
     from accelerate import PartialState
     from torch.distributed import DistError
 
-    from conversation.models.weights import training_device
+    from conversation.models.device import training_device
 
     rank, size, address, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if not PartialState._shared_state:

@@ -25,8 +25,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.models.adapters import add_adapters
+from conversation.models.device import training_device
 from conversation.models.tokenizer import EncodedExample
-from conversation.models.weights import training_device
 from conversation.runs.files import file_hashes, replace_folder, sha256_file
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import peak_memory_bytes
@@ -39,6 +39,7 @@ from conversation.training.checkpoints import (
     remove_unfinished_checkpoints,
     training_failure,
 )
+from conversation.training.memory import load_progress, memory_sentence, save_progress
 from conversation.training.memory_plan import load_frozen, plan_memory
 from conversation.training.micro_batches import (
     TokenBudget,
@@ -168,8 +169,8 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
 
 
 def peak_memory_gb() -> float:
-    """The peak memory of this process: of the GPU if there is one, else resident memory."""
-    if torch.cuda.is_available():
+    """The peak memory of this process: of the card if it trains there, else resident memory."""
+    if training_device() == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return peak_memory_bytes() / 1e9
 
@@ -209,7 +210,7 @@ class ConversationTrainer(Trainer):
             seed=config.seed,
             bf16=False,
             fp16=False,
-            tf32=False if torch.cuda.is_available() else None,
+            tf32=False if training_device() == "cuda" else None,
             use_cpu=training_device() == "cpu",
             ddp_broadcast_buffers=False,  # a process that repeats its step must not wait for the others
             report_to=[],
@@ -233,12 +234,14 @@ class ConversationTrainer(Trainer):
         self._clock: float | None = None
         self.step_loss = math.nan
         self.step_questions: list[str] = []
+        self._window: list[float] = []  # the losses of the steps since the last logged one, those before a resume too
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also set the rate of the next step by the schedule of this run: the checkpoint's may have been shorter."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.lr_scheduler is None or self.optimizer is None:
             return
+        self._budget, self._window = load_progress(Path(checkpoint), self.args.process_index, self.budget)
         schedule: Any = self.lr_scheduler
         step = schedule.last_epoch
         rates = [peak * share(step) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
@@ -252,12 +255,20 @@ class ConversationTrainer(Trainer):
         if self._budget is None:
             with torch.enable_grad():
                 self._budget = measure_token_budget(self.model)
+            batches: Any = self.get_train_dataloader().batch_sampler
+            steps = [[self.train_dataset[i][1] for i in batch] for batch in batches]
+            if sentence := memory_sentence(self._budget, steps):
+                print(sentence)
         return self._budget
 
     def memory_plan(self) -> MemoryPlan:
         """What the training will need, its largest pass taken from the first steps."""
         steps: Any = self.get_train_dataloader().batch_sampler
         return plan_memory(self.model, list(self._data.training), steps, self.budget)
+
+    def save_progress(self, checkpoint: Path) -> None:
+        """Write into a checkpoint what a resume needs beside the Trainer's state."""
+        save_progress(checkpoint, self.args.process_index, self.budget, self._window)
 
     def get_train_dataloader(self) -> DataLoader:
         batches = OptimizerStepBatches(
@@ -284,6 +295,7 @@ class ConversationTrainer(Trainer):
         total = self.accelerator.reduce(loss.clone(), "mean").item()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        self._window.append(total)
         self.step_loss, self.step_questions = total, [self._data.questions[i] for i, _ in inputs]
         if not math.isfinite(total) or not torch.isfinite(norm):
             what = "loss" if not math.isfinite(total) else "gradient"
@@ -326,11 +338,14 @@ class ConversationTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log with the seconds of training so far, those before a resume included."""
+        """Log with the seconds of training so far and the mean loss of the window, those before a resume included."""
         now = time.monotonic()
         if self._clock is None:
             before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
             self._clock = self._made - (before[-1] if before else 0.0)
+        if "loss" in logs:
+            logs = {**logs, "loss": sum(self._window) / len(self._window)}
+            self._window.clear()
         super().log({**logs, "seconds": round(now - self._clock, 1)}, *args, **kwargs)
 
     def metric_at_end(self, name: str) -> float | None:

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,10 @@ class Watched(Protocol):
 
     def evaluate(self) -> dict[str, float]: ...
 
+    def metric_at_end(self, name: str) -> float | None: ...
+
+    def save_progress(self, checkpoint: Path) -> None: ...
+
     def bad_numbers(self, problem: str) -> UserError: ...
 
 
@@ -45,8 +50,9 @@ class Progress(TrainerCallback):
         self.trainer: Watched | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.trainer.evaluate()  # the loss of the base model
+        # The loss of the base model; or that at the end of an epoch, where a signal or a kill came before it.
+        if state.global_step == 0 or (state.epoch % 1 == 0 and self.trainer.metric_at_end("eval_loss") is None):
+            self.trainer.evaluate()
         if state.is_world_process_zero:
             self.write_metrics(state)
             self.bar = tqdm(

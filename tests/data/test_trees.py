@@ -271,12 +271,11 @@ def test_every_file_of_the_folder_is_read_or_refused_or_named(tmp_path, capsys):
     assert capsys.readouterr().err == ""  # once is enough
 
 
-def test_the_shared_trees_beside_their_places_are_all_named():
-    if (folder := INPUTS / "trees_beside").is_dir():
-        with pytest.raises(UserError, match="3 problems") as caught:
-            read_trees(folder)
-        for name in ("await_mechanism.json", "more/borrow_checker.json", "closure_capture.JSON"):
-            assert name in str(caught.value)
+def test_trees_beside_their_places_are_all_named():
+    with pytest.raises(UserError, match="3 problems") as caught:
+        read_trees(INPUTS / "trees_beside")
+    for name in ("await_mechanism.json", "more/borrow_checker.json", "closure_capture.JSON"):
+        assert name in str(caught.value)
 
 
 def test_a_domain_given_twice_counts_once_and_an_empty_one_is_refused(tmp_path):

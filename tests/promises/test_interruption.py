@@ -103,6 +103,22 @@ def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_loses_nothing(tmp_pat
     assert adapters(run) == adapters(untouched)
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_resume_leaves_no_trace_in_the_metrics(tmp_path, flags, untouched, step):
+    """Step 3 is the first of a window of two; step 4 is the last of an epoch, after which the held-out loss is due."""
+    run, fault = RunFolder(tmp_path / "run"), (("a_signal_in_step", step),)
+    status, output = finished(TRAIN, "--run_dir", run.path, *flags, output=tmp_path / "first", faults=fault)
+    assert status == 143 and f"stopped by SIGTERM after step {step} of 12" in output
+    status, output = finished(TRAIN, "--run_dir", run.path, "--resume", output=tmp_path / "out")
+    assert status == 0, output
+
+    def metrics(folder):
+        return [{k: v for k, v in e.items() if "seconds" not in k} for e in RunFolder(folder).read_metrics()]
+
+    assert [e["step"] for e in metrics(untouched) if "eval_loss" in e] == [0, 4, 8, 12]
+    assert metrics(run.path) == metrics(untouched)
+
+
 def test_a_closed_terminal_saves_a_checkpoint_too(tmp_path, flags):
     run = tmp_path / "run"
     first = start(TRAIN, "--run_dir", run, *flags, "--save_steps", "50", output=tmp_path / "first")

@@ -265,3 +265,53 @@ def test_too_little_disk_space_is_reported_with_how_much_is_missing(tmp_path):
 def test_the_examples_in_the_repository_are_records_that_can_be_read(example):
     run = RunFolder(example)
     assert run.read().training.steps > 200 and len(run.read_tests().tests) == 3
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def a_group(folder, names, limit, used, cached):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\nslab 3\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "names"),
+    [
+        ("0::/", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "9:cpu,memory:/",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_the_memory_of_a_container_is_what_its_control_groups_leave(tmp_path, monkeypatch, line, place, names):
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    own.write_text(f"1:name=systemd:/other\n{line}docker/abc\n")
+    a_group(root / place / "docker" / "abc", names, 2_000_000_000, 900_000_000, 400_000_000)
+    a_group(root / place / "docker", names, 1_000_000_000, 950_000_000, 450_000_000)
+    a_group(root / place, names, "max", 1, 1)
+    limits = machine._memory_limits(root, own)
+    assert limits == [(2_000_000_000, 500_000_000), (1_000_000_000, 500_000_000)]
+    monkeypatch.setattr(machine, "_memory_limits", lambda: limits)
+    assert machine.available_memory_bytes() == 500_000_000
+    assert machine.machine()["memory_gb"] == 1.0
+    monkeypatch.setattr(machine, "_memory_limits", lambda: [(1000, 2000)])
+    assert machine.available_memory_bytes() == 0
+
+
+def test_a_machine_without_control_groups_has_the_memory_that_is_free(tmp_path):
+    assert machine._memory_limits(tmp_path / "none", tmp_path / "none") == []
+    (tmp_path / "own").write_text("0::/somewhere\nnonsense\n")
+    assert machine._memory_limits(tmp_path / "none", tmp_path / "own") == []
+    assert machine.available_memory_bytes() > 0
+
+
+def test_a_limit_of_the_shell_counts():
+    code = "import sys, resource, psutil; sys.path.insert(0, sys.argv[1]); from conversation.runs.machine import *; "
+    code += "resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9,) * 2); print(available_memory_bytes())"
+    shown = subprocess.run([sys.executable, "-c", code, str(PROJECT)], capture_output=True, text=True)
+    assert 0 < int(shown.stdout) < 2 * 10**9, shown.stderr

@@ -132,6 +132,13 @@ def test_all_stages_run_in_an_odd_path_under_any_shell(checkout, command, variab
     checkout.check(checkout.run(*command, "./RETRAIN.sh", "--resume", **variables))  # the lock file exists now
 
 
+@pytest.mark.parametrize("flags", [["--device", "cpu"], ["--device=cpu", "--demo"]])
+def test_the_device_that_is_asked_for_is_that_of_every_stage(checkout, flags):
+    checkout.check(checkout.run("./RETRAIN.sh", *flags))
+    called = [line for line in checkout.calls.read_text().splitlines() if "_conversation" in line]
+    assert len(called) == 4 and all(line.endswith(" --device=cpu") for line in called), called
+
+
 def test_links_cdpath_and_the_working_folder_have_no_effect(checkout, tmp_path):
     (tmp_path / "-bin" / "scripts").mkdir(parents=True)
     (tmp_path / "-bin" / "retrain").symlink_to(os.path.relpath(checkout.folder / "RETRAIN.sh", tmp_path / "-bin"))
