@@ -1,0 +1,126 @@
+"""One interface to a model that answers within the grammar, whichever program runs it.
+
+- a merged folder, or a run folder: transformers, in FP32, on the GPU if there is one
+- a .gguf file (export_conversation_model.py makes it): llama.cpp, through the package xllamacpp
+
+Both write the same answer where they compute the same: one `Writer` chooses the tokens, the programs give the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from conversation.answering.constrained import Writer
+from conversation.answering.allowed_tokens import AllowedTokens
+from conversation.answering.decoding import CONSTRAINED, Decoding
+from conversation.answering.prefix_cache import Memory, PrefixCache, Stopped
+from conversation.answering.vocabulary import TransformersVocabulary, Vocabulary
+from conversation.errors import UserError
+from conversation.format.calls import Answer, FollowUp, Prompt
+from conversation.format.control_tokens import END_OF_TURN, Control
+from conversation.runs.files import shown
+from conversation.runs.folder import RunFolder
+from conversation_config import MAX_NEW_TOKENS, set_up_libraries
+
+CONTEXT = 2048
+"""Tokens of prompt and answer together, at most: the longest that the training takes, unless it is told otherwise."""
+WITHIN_THE_GRAMMAR = ("constrained", "drawn", "contrast")
+
+
+def never() -> bool:
+    return False
+
+
+class Engine(Protocol):
+    """A model that answers. One caller at a time.
+
+    `name`: what is shown. `context`: the longest prompt and answer together, in tokens.
+    """
+
+    name: str
+    context: int
+
+    def count_tokens(self, prompt: Prompt) -> int: ...
+
+    def stream(
+        self, prompt: Prompt, stopped: Callable[[], bool] = never, decoding: Decoding = CONSTRAINED
+    ) -> Iterator[str | FollowUp]:
+        """Yields the answer's fragments, then its three follow-ups, each as soon as it is whole.
+
+        Between two tokens it asks `stopped`, and ends early, without an error, when that is true. Raises UserError for
+        a prompt that leaves no room for an answer, ValueError for a decoding outside the grammar.
+        """
+
+
+class GrammarEngine:
+    """An engine from a vocabulary and an empty memory of a model. `engine` names the program, for people."""
+
+    def __init__(
+        self, name: str, engine: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
+    ) -> None:
+        self.name, self.engine, self.context = name, engine, context
+        self.vocabulary = vocabulary
+        self._tokens = AllowedTokens(vocabulary)
+        self._cache = PrefixCache(empty)
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many tokens of the newest prompt did not have to be read again."""
+        return self._cache.reused
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        return len(self.vocabulary.encode_prompt(prompt))
+
+    def stream(
+        self, prompt: Prompt, stopped: Callable[[], bool] = never, decoding: Decoding = CONSTRAINED
+    ) -> Iterator[str | FollowUp]:
+        if decoding.method not in WITHIN_THE_GRAMMAR:
+            raise ValueError(f"an engine answers {' or '.join(WITHIN_THE_GRAMMAR)}, not {decoding.method}")
+        contexts = [self._encoded(each) for each in decoding.prompts(prompt)]
+        try:
+            with self._cache.reader(contexts, stopped) as reader:
+                for written in Writer(reader, self._tokens, decoding.contrast).calls(decoding.draw()):
+                    yield written.content
+        except Stopped:
+            return
+
+    def answer(self, prompt: Prompt, decoding: Decoding = CONSTRAINED) -> Answer:
+        """A whole answer."""
+        parts = list(self.stream(prompt, decoding=decoding))
+        fragments = tuple(part for part in parts if isinstance(part, str))
+        return Answer(fragments, tuple(part for part in parts if isinstance(part, FollowUp)))
+
+    def constrained(self, prompt: Prompt) -> list[int]:
+        """The ids of the greedy answer within the grammar, up to and including `<end_of_turn>`."""
+        with self._cache.reader([self._encoded(prompt)], never) as reader:
+            return Writer(reader, self._tokens).write()
+
+    def greedy(self, prompt: Prompt) -> list[int]:
+        """The ids of the likeliest answer, free to leave the format, as `decoding.GREEDY`: up to and including
+        `<end_of_turn>`, at most MAX_NEW_TOKENS."""
+        (end,) = self.vocabulary.encode([Control(END_OF_TURN)])
+        context = self._encoded(prompt)
+        answer: list[int] = []
+        with self._cache.reader([context[:-1]], never) as reader:
+            while len(answer) < MAX_NEW_TOKENS and end not in answer[-1:]:
+                answer.append(int(reader.logits([context[-1], *answer])[0].argmax()))
+        return answer
+
+    def warm_up(self) -> None:
+        """Read what all prompts begin with, so that the first question need not wait for it."""
+        one, other = (self.vocabulary.encode_prompt(Prompt(question)) for question in ("a", "b"))
+        with self._cache.reader([one[:1]], never) as reader:
+            reader.logits(one[1:-6])
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt. Raises UserError when no answer fits behind it."""
+        ids = self.vocabulary.encode_prompt(prompt)
+        if len(ids) + MAX_NEW_TOKENS > self.context:
+            raise UserError(
+                f"the conversation is too long for the model: {len(ids)} tokens and an answer of up to "
+                f"{MAX_NEW_TOKENS}, of {self.context} at most",
+                "begin a new conversation, or go on from an earlier question",
+            )
+        return ids
