@@ -8,17 +8,18 @@ Both write the same answer where they compute the same: one `Writer` chooses the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from conversation.answering.constrained import Writer
 from conversation.answering.allowed_tokens import AllowedTokens
+from conversation.answering.constrained import Writer, common_length
 from conversation.answering.decoding import CONSTRAINED, Decoding
 from conversation.answering.prefix_cache import Memory, PrefixCache, Stopped
-from conversation.answering.vocabulary import TransformersVocabulary, Vocabulary
+from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocabulary, Vocabulary, fingerprint
 from conversation.errors import UserError
-from conversation.format.calls import Answer, FollowUp, Prompt
+from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import END_OF_TURN, Control
 from conversation.runs.files import shown
 from conversation.runs.folder import RunFolder
@@ -26,6 +27,8 @@ from conversation_config import MAX_NEW_TOKENS, set_up_libraries
 
 CONTEXT = 2048
 """Tokens of prompt and answer together, at most: the longest that the training takes, unless it is told otherwise."""
+CELLS = 2 * CONTEXT
+"""Tokens that llama.cpp keeps, of all prompts together; with Gemma 3 270M and FP16, 18 kB each."""
 WITHIN_THE_GRAMMAR = ("constrained", "drawn", "contrast")
 
 
@@ -110,9 +113,11 @@ class GrammarEngine:
 
     def warm_up(self) -> None:
         """Read what all prompts begin with, so that the first question need not wait for it."""
-        one, other = (self.vocabulary.encode_prompt(Prompt(question)) for question in ("a", "b"))
-        with self._cache.reader([one[:1]], never) as reader:
-            reader.logits(one[1:-6])
+        root, child = Prompt("x"), Prompt("x", (Utterance("User", "x"),))
+        start = self.vocabulary.encode_prompt(root)
+        start = start[: common_length(start, self.vocabulary.encode_prompt(child))]
+        with self._cache.reader([start], never) as reader:
+            reader.read_contexts()
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt. Raises UserError when no answer fits behind it."""
@@ -124,3 +129,70 @@ class GrammarEngine:
                 "begin a new conversation, or go on from an earlier question",
             )
         return ids
+
+
+def open_engine(source: Path) -> GrammarEngine:
+    """The engine for a .gguf file, a merged folder or a run folder.
+
+    Of a run folder, an exported file is taken if there is one and llama.cpp is installed: Q8_0 first, as it is half as
+    long at a token as FP32. Raises UserError when there is no model, when it is broken, and when it is another one.
+    """
+    if not source.exists():
+        raise UserError(f"there is no model at {shown(source)}", "name a run folder, a merged folder or a .gguf file")
+    source = source.resolve()
+    if source.is_file():
+        return _llama_cpp(source, source.stem)
+    run = RunFolder(source)
+    if not run.run_json.exists():
+        return _transformers(source, source.name, None)
+    record = run.read()
+    if not record.merge:
+        raise UserError(f"there is no merged model in {shown(source)}", "merge it: merge_conversation_model.py")
+    return _transformers(run.merged_model, source.name, record.base_model.tokenizer_fingerprint)
+
+
+def _transformers(folder: Path, name: str, fingerprint: str | None) -> GrammarEngine:
+    set_up_libraries()
+    from conversation.answering.reading import TransformersMemory
+    from conversation.models.merged_model import load_verified
+
+    model, tokenizer = load_verified(folder, fingerprint)
+    longest = getattr(model.config, "max_position_embeddings", CONTEXT)
+    program = f"transformers, FP32, {model.device.type}"
+    vocabulary = TransformersVocabulary(tokenizer)
+    return GrammarEngine(name, program, min(CONTEXT, longest), vocabulary, lambda: TransformersMemory(model))
+
+
+def _llama_cpp(path: Path, name: str) -> GrammarEngine:
+    """Raises UserError when the file is no GGUF, is of another model, or has another tokenizer than the training."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{shown(path)} is not a GGUF file", "export_conversation_model.py makes one")
+    from conversation.answering.llama_cpp_reading import SEQUENCES, GgufVocabulary, LlamaMemories
+    from conversation.models.llama_cpp import LlamaModel
+
+    model = LlamaModel(path)
+    vocabulary = GgufVocabulary(model, path)
+    trained = model.metadata(FINGERPRINT_KEY)
+    if trained != (found := fingerprint(vocabulary)):
+        raise UserError(
+            f"the tokenizer in {shown(path)} is not that of the training: fingerprint {found[:12]}, expected "
+            f"{trained[:12] if trained else 'one, and the file has none'}",
+            "name a file that export_conversation_model.py made",
+        )
+    exact = model.metadata("general.file_type") == "0"  # all FP32
+    model.make_context(CELLS, SEQUENCES, exact, threads())
+    program = f"llama.cpp, {model.metadata('general.size_label') or path.suffix}"
+    return GrammarEngine(name, program, min(CONTEXT, model.longest), vocabulary, LlamaMemories(model).empty)
+
+
+def threads() -> int:
+    """Threads for llama.cpp: OMP_NUM_THREADS, or the cores that this process may use. Its threads spin while they
+    wait, so that more of them than there are free cores take several times as long."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    if named.isdecimal() and int(named) > 0:
+        return int(named)
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))

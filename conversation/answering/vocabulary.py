@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import CONTROL_TOKENS, ESCAPE
-from conversation.models.tokenizer import encode, encode_prompt, id_of
+from conversation.models.tokenizer import PROBES, encode, encode_prompt, hash_of_ids, id_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FINGERPRINT_KEY = "conversation.tokenizer_fingerprint"
+"""In the metadata of an exported file: the fingerprint of the training's tokenizer."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -55,3 +57,10 @@ class TransformersVocabulary:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         return encode_prompt(self._tokenizer, prompt)
+
+
+def fingerprint(vocabulary: Vocabulary) -> str:
+    """What `models.tokenizer.fingerprint` is for a tokenizer that encodes alike."""
+    return hash_of_ids(
+        [[*vocabulary.encode_prompt(probe.prompt), *vocabulary.encode(probe.answer.pieces())] for probe in PROBES]
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conversation.errors import UserError
+from conversation.format import calls
 from conversation.models.audit import audit
 from conversation.models.tokenizer import fingerprint, load_tokenizer
 from conversation.models.weights import load_model, training_device
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST = "conversation_model.json"
+CHAT_TEMPLATE = Path(calls.__file__).with_name("chat_template.jinja")
 
 
 def write_manifest(folder: Path, files: dict[str, str]) -> None:

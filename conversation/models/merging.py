@@ -21,10 +21,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from conversation.errors import TRIED_AND_FAILED, UserError
-from conversation.format import calls
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
-from conversation.models.merged_model import write_manifest
+from conversation.models.merged_model import CHAT_TEMPLATE, write_manifest
 from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer, tokenizer_files
 from conversation.models.weights import load_model, training_device
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
@@ -32,7 +31,6 @@ from conversation.runs.machine import peak_memory_bytes
 from conversation.runs.record import MergeResult, now
 from conversation_config import MAX_NEW_TOKENS
 
-CHAT_TEMPLATE = Path(calls.__file__).with_name("chat_template.jinja")
 COMPARED_LOGITS = 16  # positions at the end of each prompt; all of them would be 0.3 GB a prompt
 COMPARED_TOKENS = 24  # of the greedy continuations
 LOGIT_TOLERANCE = 2e-4
