@@ -178,6 +178,7 @@ def write_gguf(weights: MergedWeights, export: ExportType, path: Path, metadata:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _write_tokenizer(writer, weights.folder)
         writer.add_chat_template(tolerant_chat_template())
+        writer.add_base_model_count(sum(key == "general.base_model.0.name" for key in metadata))
         for key, value in metadata.items():
             writer.add_string(key, value)
         kinds = {name: tensor_type(export, name, shape, weights.layers) for name, shape in weights.shapes.items()}
