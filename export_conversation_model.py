@@ -5,11 +5,11 @@
     export_conversation_model.py --type q8_0 q5_1 --run_dir RUN
     export_conversation_model.py --type f16 --model FOLDER --output DIR     a merged model folder alone
 
-Types: f32, f16, q8_0, q5_1, q4_k_m. Writes gguf/ into the run folder: a file for each type, a Modelfile for Ollama, the
-grammar conversation.gbnf, and export.json; and a section of report.md. A file gets its name only after it was read back:
-its tensors are the merged model's within the type's error, llama.cpp encodes the training's texts as the training did,
-at least half of what the training changed is left, and the structural tests pass through llama.cpp. --force keeps a file
-in spite of the last two. Needs xllamacpp: .venv/bin/python -m pip install -r requirements-use.txt
+Types: f32, f16, q8_0, q5_1, q4_k_m. Writes gguf/ into the run folder: a file for each type, a Modelfile for Ollama,
+the grammar conversation.gbnf, and export.json; and a section of report.md. A file gets its name only after it was read
+back: its tensors are the merged model's within the type's error, llama.cpp encodes the training's texts as the training
+did, at least half of what the training changed is left, and the structural tests pass through llama.cpp. --force keeps
+a file in spite of the last two. Needs xllamacpp: .venv/bin/python -m pip install -r requirements-use.txt
 Exit status: 0 all exported and verified; 1 one was refused or failed; 2 not started.
 """
 
@@ -174,7 +174,8 @@ def say_what_it_takes(types: list[str], sizes: dict[str, int], output: Path) -> 
     seconds = sum(20 + questions * TOKENS * MILLISECONDS[kind] / 1000 for kind in types)
     parts = ", ".join(f"{kind} {size(sizes[kind])}" for kind in types)
     print(
-        f"Needs {size(sum(sizes.values()))} of disk ({parts}) and about {seconds / 60:.0f} minutes on a quiet machine."
+        f"Needs {size(sum(sizes.values()))} of disk ({parts}) and about {seconds / 60:.0f} minutes on a quiet machine.",
+        flush=True,
     )
     check_disk_space(output, sum(sizes.values()), "the export")
 

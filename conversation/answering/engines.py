@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,8 @@ from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocab
 from conversation.errors import UserError
 from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import END_OF_TURN, Control
-from conversation.runs.files import shown
+from conversation.runs.export_record import read_export
+from conversation.runs.files import find_damage, shown
 from conversation.runs.folder import RunFolder
 from conversation_config import MAX_NEW_TOKENS, set_up_libraries
 
@@ -29,6 +31,8 @@ CONTEXT = 2048
 """Tokens of prompt and answer together, at most: the longest that the training takes, unless it is told otherwise."""
 CELLS = 2 * CONTEXT
 """Tokens that llama.cpp keeps, of all prompts together; with Gemma 3 270M and FP16, 18 kB each."""
+PREFERRED = ("q8_0", "q5_1", "f16", "f32", "q4_k_m")
+"""Q8_0 first: hardly anything of the training is lost in it, and a token takes a third of the time of FP32."""
 WITHIN_THE_GRAMMAR = ("constrained", "drawn", "contrast")
 
 
@@ -134,8 +138,8 @@ class GrammarEngine:
 def open_engine(source: Path) -> GrammarEngine:
     """The engine for a .gguf file, a merged folder or a run folder.
 
-    Of a run folder, an exported file is taken if there is one and llama.cpp is installed: Q8_0 first, as it is half as
-    long at a token as FP32. Raises UserError when there is no model, when it is broken, and when it is another one.
+    Of a run folder, an exported file is taken if there is one of this model and llama.cpp is installed: in the order of
+    PREFERRED. Raises UserError when there is no model, when it is broken, and when it is another one.
     """
     if not source.exists():
         raise UserError(f"there is no model at {shown(source)}", "name a run folder, a merged folder or a .gguf file")
@@ -148,7 +152,22 @@ def open_engine(source: Path) -> GrammarEngine:
     record = run.read()
     if not record.merge:
         raise UserError(f"there is no merged model in {shown(source)}", "merge it: merge_conversation_model.py")
+    if file := _exported(run, record.merge.files):
+        return _llama_cpp(file, f"{source.name}, {file.stem.rpartition('-')[2]}")
     return _transformers(run.merged_model, source.name, record.base_model.tokenizer_fingerprint)
+
+
+def _exported(run: RunFolder, merged: dict[str, str]) -> Path | None:
+    """The best exported file of a run's merged model. Raises UserError when it is not what was verified."""
+    export = read_export(run.export_json)
+    if export is None or export.model_files != merged or find_spec("xllamacpp") is None:
+        return None
+    by_type = {each.type: each for each in export.files if not each.forced}
+    for each in (by_type[kind] for kind in PREFERRED if kind in by_type):
+        if damage := find_damage(run.exported, {each.file: each.sha256}):
+            raise UserError(f"the exported model is broken: {damage}", "export it again: export_conversation_model.py")
+        return run.exported / each.file
+    return None
 
 
 def _transformers(folder: Path, name: str, fingerprint: str | None) -> GrammarEngine:
