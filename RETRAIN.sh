@@ -24,9 +24,9 @@ help_or_go_on "$@"
 for flag in "$@"; do # takes --export TYPES out of the flags for the training, into `types`
     shift
     case "$types$flag" in
-        --export) types=next: ;;
+        --export) types=, ;;
         --export=*) types=${flag#*=} ;;
-        next:*) types=$flag ;;
+        ,*) types=$flag ;;
         *) set -- "$@" "$flag" ;;
     esac
 done

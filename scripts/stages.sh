@@ -28,6 +28,7 @@ stage() {
         echo "Stopped; go on with: ./RETRAIN.sh --resume"
         exit "$stopped"
     fi
+    [ "$number" -gt 0 ] || [ -z "$types" ] || stages=$((stages + 1)) # Export is indented, and not counted above
     number=$((number + 1)) name=$1
     printf '\n[%s/%s] %s\n' "$number" "$stages" "$name"
 }
@@ -38,7 +39,6 @@ prepare_python() {
         python=$(cd "$project" && prepare_environment requirements.txt)
         return
     fi
-    stages=$((stages + 1)) # that stage is indented, and not counted above
     python=$(cd "$project" && prepare_environment requirements.txt requirements-use.txt)
     "$python" "$project/export_conversation_model.py" --type "$types" --check # before the training, not after it
 }

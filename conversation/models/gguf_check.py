@@ -17,7 +17,7 @@ from conversation.models.gguf import MergedWeights
 LARGEST_ERROR = {
     Type.F32: 0.0,
     Type.F16: 2**-11,
-    Type.Q8_0: 1 / 250,
+    Type.Q8_0: 1 / 220,
     Type.Q6_K: 1 / 24,
     Type.Q5_1: 1 / 14,
     Type.Q5_0: 1 / 14,
@@ -26,8 +26,9 @@ LARGEST_ERROR = {
 """The largest error that a type may make, as a share of the largest value of a block (one value where a type has no
 blocks): half a step of its scale, and room for the rounding of the scale itself."""
 ROWS = 8192
-SMALLEST = 2**-24
-"""What FP16 rounds to zero."""
+SMALLEST = {Type.F16: 2**-24}
+SMALLEST_OF_A_BLOCK = 2**-18
+"""What is lost of small values: FP16 has steps of 2^-24 there, and a block's scale, in FP16, counts up to 128 times."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def _share_of_error(error: NDArray[np.float32], expected: NDArray[np.float32], k
     block = 1 if kind is Type.F16 else gguf.GGML_QUANT_SIZES[kind][0]
     largest = np.abs(expected).reshape(-1, block).max(1)
     found = np.abs(error).reshape(-1, block).max(1)
-    return float((found / (LARGEST_ERROR[kind] * largest + SMALLEST)).max())
+    allowed = LARGEST_ERROR[kind] * largest + SMALLEST.get(kind, SMALLEST_OF_A_BLOCK)
+    return float((found / allowed).max())
 
 
 class AdapterChanges:
