@@ -4,6 +4,7 @@
 #   ./RETRAIN.sh              FunctionGemma 270M, the default recipe (7 epochs)
 #   ./RETRAIN.sh --demo       the embedded stand-in, a short recipe: no account, no GPU, under 40 minutes on 2 cores
 #   ./RETRAIN.sh --resume     go on with the newest attempt
+#   ./RETRAIN.sh --export q8_0,f16    also as GGUF for llama.cpp and Ollama; beside other flags
 #
 # Every other flag goes to train_conversation.py (see its --help), for example --learning_rate 2e-5.
 # --device cpu or --device cuda is for all stages.
@@ -21,6 +22,15 @@ project=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
 source "$project/scripts/stages.sh" # stage, run, bookkeeping; reactions to a signal and to a failure
 
 help_or_go_on "$@"
+for flag in "$@"; do # takes --export TYPES out of the flags for the training, into `types`
+    shift
+    case "$types$flag" in
+        --export) types=, ;;
+        --export=*) types=${flag#*=} ;;
+        ,*) types=$flag ;;
+        *) set -- "$@" "$flag" ;;
+    esac
+done
 
 stage "Environment" # .venv with the pinned packages, made once and after requirements.txt changes
 prepare_python
@@ -40,5 +50,11 @@ run test_conversation_model.py --run_dir "$attempt" --resume
 stage "Evaluate" # what the answers are worth, in short: information, it gates nothing
 run evaluate_conversation_model.py --run_dir "$attempt" --short --resume || echo "warning: not evaluated" >&2
 
+if [ -n "$types" ]; then # a type that is refused does not keep the run from being published
+    stage "Export"       # GGUF for llama.cpp and Ollama, read back and asked
+    run export_conversation_model.py --run_dir "$attempt" --type "$types" --resume || refused=1
+fi
+
 stage "Publish" # the attempt gets its name, and `latest` points at it
 bookkeeping publish
+exit "${refused:-0}"

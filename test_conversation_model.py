@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
@@ -78,13 +79,14 @@ def ask(
     """Check a model and its tokenizer, ask the tests and the held-out questions, print the verdicts."""
     questions = read_questions(questions_file)
     set_up_libraries()
+    from conversation.answering.decoding import generate_answers
     from conversation.answering.structural_tests import run_tests
     from conversation.models.device import use_device
     from conversation.models.merged_model import load_verified
 
     print(f"Device: {use_device(device)}")
     model, tokenizer = load_verified(folder, expected_fingerprint)
-    return run_tests(model, tokenizer, questions)
+    return run_tests(partial(generate_answers, model, tokenizer), tokenizer, questions)
 
 
 def status_of(report: AnswersReport) -> int:

@@ -6,7 +6,7 @@ source "$project/scripts/environment.sh"
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # left over: a retrain is one process
 root=$project/training-runs/conversation
 stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
-number=0 name='' child='' stopped=0 resumed=no before='' attempt='' device=''
+number=0 name='' child='' stopped=0 resumed=no before='' attempt='' device='' types=''
 
 # help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note --resume and --device
 help_or_go_on() {
@@ -32,13 +32,19 @@ stage() {
         echo "Stopped; go on with: ./RETRAIN.sh --resume"
         exit "$stopped"
     fi
+    [ "$number" -gt 0 ] || [ -z "$types" ] || stages=$((stages + 1)) # Export is indented, and not counted above
     number=$((number + 1)) name=$1
     printf '\n[%s/%s] %s\n' "$number" "$stages" "$name"
 }
 
-# prepare_python   the environment's python, in `python`
+# prepare_python   the environment's python, in `python`; with --export, llama.cpp is a part of it
 prepare_python() {
-    python=$(cd "$project" && prepare_environment requirements.txt)
+    if [ -z "$types" ]; then
+        python=$(cd "$project" && prepare_environment requirements.txt)
+        return
+    fi
+    python=$(cd "$project" && prepare_environment requirements.txt requirements-use.txt)
+    "$python" "$project/export_conversation_model.py" --type "$types" --check # before the training, not after it
 }
 
 # bookkeeping COMMAND   see conversation/runs/publishing.py

@@ -88,8 +88,12 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
     fast.save_pretrained(folder)
 
 
-def make_tiny_model(folder: Path, texts: list[str], seed: int = 0) -> Path:
-    """A Gemma 3 of four layers (sliding and full attention) with random weights, as an ordinary model folder."""
+def make_tiny_model(folder: Path, texts: list[str], seed: int = 0, like_real_ones: bool = False) -> Path:
+    """A Gemma 3 of four layers (sliding and full attention) with random weights, as an ordinary model folder.
+
+    `like_real_ones`: of six layers, of which the last attends to all, as llama.cpp expects, and rows of 256, which are
+    a block of its K types.
+    """
     import torch
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -98,15 +102,17 @@ def make_tiny_model(folder: Path, texts: list[str], seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = Gemma3TextConfig(
         vocab_size=size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
+        hidden_size=256 if like_real_ones else 64,
+        intermediate_size=256 if like_real_ones else 128,
+        num_hidden_layers=6 if like_real_ones else 4,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=16,
         query_pre_attn_scalar=16,
         sliding_window=96,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        layer_types=["sliding_attention"] * 5 + ["full_attention"]
+        if like_real_ones
+        else ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         max_position_embeddings=4096,
         bos_token_id=2,
         eos_token_id=1,
@@ -126,6 +132,41 @@ def tiny_folder(tmp_path_factory, own_examples) -> Path:
     """A tiny base model's folder."""
     folder = tmp_path_factory.mktemp("tiny") / "base"
     return make_tiny_model(folder, [example.text for example in own_examples[::4]])
+
+
+@pytest.fixture(scope="session")
+def merged_tiny(tmp_path_factory, own_examples) -> Path:
+    """A tiny Gemma 3 that llama.cpp can run, as a merged folder."""
+    from conversation.models.chat_format import write_chat_format
+    from conversation.models.merged_model import write_manifest
+    from conversation.models.tokenizer import id_of, load_tokenizer
+    from conversation.runs.files import file_hashes
+
+    folder = tmp_path_factory.mktemp("merged_tiny") / "merged_model_fp32"
+    make_tiny_model(folder, [example.text for example in own_examples[::4]], like_real_ones=True)
+    write_chat_format(folder, load_tokenizer(folder))
+    generation = {"eos_token_id": id_of(load_tokenizer(folder), "<end_of_turn>")}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    write_manifest(folder, file_hashes(folder))
+    return folder
+
+
+def some_adapters(folder: Path, model_folder: Path, size: float) -> Path:
+    """Random adapters on the up projections of a model; what they change has a standard deviation of about `size`."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    generator = np.random.default_rng(0)
+    tensors = {}
+    for name, weight in load_file(model_folder / "model.safetensors").items():
+        if "up_proj" in name:
+            start, (rows, columns) = f"base_model.model.{name.removesuffix('.weight')}", weight.shape
+            tensors[f"{start}.lora_A.weight"] = generator.normal(size=(4, columns)).astype(np.float32)
+            tensors[f"{start}.lora_B.weight"] = generator.normal(size=(rows, 4), scale=size / 4).astype(np.float32)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ set -euo pipefail
 CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-python=$(prepare_environment requirements.txt requirements-test.txt)
+python=$(prepare_environment requirements.txt requirements-use.txt requirements-test.txt)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy

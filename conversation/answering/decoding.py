@@ -3,6 +3,7 @@
 - greedy: the likeliest token each time, free to leave the format. What the structural tests judge.
 - sampled: tokens drawn at a temperature, free as well.
 - constrained: greedy within the grammar of the format. Always valid, nothing said twice.
+- drawn: tokens drawn at a temperature within the grammar.
 - contrast: constrained, and what the question makes likely counts more than what is likely after any question.
 - best_of_n: the constrained answer and n - 1 drawn within the grammar; the one that the question speaks for most.
 """
@@ -12,9 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-from conversation.answering.scoring import scores
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.tokenizer import encode_prompt
@@ -23,18 +23,23 @@ from conversation_config import MAX_NEW_TOKENS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from conversation.answering.constrained import Draw
+
 PROMPTS_AT_A_TIME = 50
+NEUTRAL_QUESTION = "Tell me something."
+NEUTRAL_PROMPT = Prompt(NEUTRAL_QUESTION)
+"""Asks for an answer about nothing in particular: what is likely here is likely after any question."""
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How an answer is chosen. Raises ValueError for an option that cannot be right.
 
-    `temperature`, `top_p` and `seed` count where tokens are drawn (sampled, best_of_n); `strength` is the a of
+    `temperature`, `top_p` and `seed` count where tokens are drawn (sampled, drawn, best_of_n); `strength` is the a of
     (1 + a) log p(token | question) - a log p(token | neutral question); `n` the number of answers to choose from.
     """
 
-    method: Literal["greedy", "sampled", "constrained", "contrast", "best_of_n"]
+    method: Literal["greedy", "sampled", "constrained", "drawn", "contrast", "best_of_n"]
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 0
@@ -43,7 +48,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.method not in ("greedy", "sampled", "constrained", "contrast", "best_of_n"):
+        if self.method not in get_args(get_type_hints(Decoding)["method"]):
             problems.append(f"unknown method {self.method!r}")
         if not 0 < self.temperature < math.inf:
             problems.append(f"the temperature must be greater than 0, not {self.temperature}")
@@ -58,10 +63,30 @@ class Decoding:
         if problems:
             raise ValueError("; ".join(problems))
 
+    @property
+    def contrast(self) -> float:
+        """The strength of the contrast; 0 for the methods without one."""
+        return self.strength if self.method == "contrast" else 0.0
+
+    def prompts(self, prompt: Prompt) -> list[Prompt]:
+        """What a model has to read: the prompt and, for contrast, the neutral one."""
+        return [prompt, NEUTRAL_PROMPT] if self.contrast else [prompt]
+
+    def draw(self) -> Draw | None:
+        """How tokens are drawn within the grammar; None where the likeliest is taken."""
+        if self.method not in ("drawn", "best_of_n"):
+            return None
+        import numpy as np
+
+        from conversation.answering.constrained import Draw
+
+        return Draw(self.temperature, self.top_p, np.random.default_rng(self.seed))
+
 
 GREEDY = Decoding("greedy")
 SAMPLED = Decoding("sampled")
 CONSTRAINED = Decoding("constrained")
+DRAWN = Decoding("drawn")
 CONTRAST = Decoding("contrast")
 BEST_OF_N = Decoding("best_of_n")
 
@@ -124,14 +149,17 @@ def _free(
 def _within_the_grammar(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, decoding: Decoding
 ) -> list[int]:
-    import torch
+    from conversation.answering import scoring
+    from conversation.answering.allowed_tokens import allowed_tokens
+    from conversation.answering.constrained import Writer
+    from conversation.answering.reading import BatchReader
 
-    from conversation.answering.constrained import Draw, Writer
-
-    writer = Writer(model, tokenizer, prompt, decoding.strength if decoding.method == "contrast" else 0.0)
+    contexts = [encode_prompt(tokenizer, each) for each in decoding.prompts(prompt)]
+    reader = BatchReader(model, contexts, tokenizer.pad_token_id or 0)
+    writer = Writer(reader, allowed_tokens(tokenizer), decoding.contrast)
     if decoding.method != "best_of_n":
-        return writer.write()
-    draw = Draw(decoding.temperature, decoding.top_p, torch.Generator().manual_seed(decoding.seed))
+        return writer.write(decoding.draw())
+    draw = decoding.draw()
     answers = [writer.write(), *(writer.write(draw) for _ in range(decoding.n - 1))]
-    found = scores(model, tokenizer, [(prompt, answer) for answer in answers])
+    found = scoring.scores(model, tokenizer, [(prompt, answer) for answer in answers])
     return answers[found.index(max(found))]

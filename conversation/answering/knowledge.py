@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from conversation.answering.scoring import NEUTRAL_PROMPT
+from conversation.answering.decoding import NEUTRAL_PROMPT
 from conversation.answering.token_losses import label_log_probabilities
 from conversation.data.questions import HeldOutCase
 from conversation.format.calls import Answer, Example, FollowUp, Prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from conversation.answering.decoding import NEUTRAL_PROMPT
 from conversation.answering.token_losses import label_log_probabilities
 from conversation.format.calls import Prompt
 from conversation.models.tokenizer import encode_prompt
@@ -12,10 +13,6 @@ from conversation.training.prefix_tree import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-NEUTRAL_QUESTION = "Tell me something."
-NEUTRAL_PROMPT = Prompt(NEUTRAL_QUESTION)
-"""Asks for an answer about nothing in particular: what is likely here is likely after any question."""
 
 
 def log_probabilities(

@@ -6,21 +6,21 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from conversation.answering.verdicts import Verdict, run_cases
+from conversation.answering.verdicts import Answers, Verdict, run_cases
 from conversation.data.questions import THREE_CASES, Case
 from conversation.runs.record import AnswersReport
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
-def run_tests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Case]) -> AnswersReport:
-    """Ask the three cases and the held-out questions, and print the verdicts."""
+def run_tests(answers: Answers, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Case]) -> AnswersReport:
+    """Ask the three cases and the held-out questions, and print the verdicts. `answers`: who answers, greedily."""
     started = time.monotonic()
-    three = run_cases(model, tokenizer, THREE_CASES)
+    three = run_cases(answers, tokenizer, THREE_CASES)
     _print_table(three)
     print(f"{sum(verdict.passed for verdict in three)} of {len(three)} structural tests passed.", flush=True)
-    asked = run_cases(model, tokenizer, questions)
+    asked = run_cases(answers, tokenizer, questions)
     valid, distinct = sum(v.passed for v in asked), sum(v.has_distinct_follow_ups for v in asked)
     print(
         f"Of {len(asked)} held-out questions, {valid} have a valid answer, {distinct} with three distinct follow-ups."

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conversation.answering.decoding import generate_answers
 from conversation.data.questions import Case
-from conversation.format.calls import Answer, repeated
+from conversation.format.calls import Answer, Prompt, repeated
 from conversation.format.parser import FormatError, parse_answer
 from conversation.models.tokenizer import answer_pattern, decode, spelled_out_token
 from conversation.runs.record import AskedQuestion
 from conversation.runs.report import mark
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,11 @@ def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
     return Verdict(case, output, answer)
 
 
-def run_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> list[Verdict]:
+Answers = Callable[[Sequence[Prompt]], list[list[int]]]
+"""Gives the greedy answer to each prompt as token ids, whichever program runs the model."""
+
+
+def run_cases(answers: Answers, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> list[Verdict]:
     """Ask, greedily, and judge."""
-    answers = generate_answers(model, tokenizer, [case.prompt for case in cases])
-    return [judge(case, tokenizer, ids) for case, ids in zip(cases, answers, strict=True)]
+    found = answers([case.prompt for case in cases])
+    return [judge(case, tokenizer, ids) for case, ids in zip(cases, found, strict=True)]

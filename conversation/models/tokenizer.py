@@ -191,5 +191,9 @@ def spelled_out_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the ids of the probe texts. Tokenizers that encode alike have the same one."""
-    ids = [[*encode_example(tokenizer, probe).ids] for probe in PROBES]
+    return hash_of_ids([[*encode_example(tokenizer, probe).ids] for probe in PROBES])
+
+
+def hash_of_ids(ids: list[list[int]]) -> str:
+    """SHA-256 of the ids of some texts."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -95,6 +95,14 @@ class RunFolder:
         return self.path / "evaluation.png"
 
     @property
+    def exported(self) -> Path:
+        return self.path / "gguf"
+
+    @property
+    def export_json(self) -> Path:
+        return self.exported / "export.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.md"
 

@@ -9,6 +9,7 @@ import shlex
 from conversation.errors import UserError
 from conversation.runs.comparison import draw_evaluation, figures_table
 from conversation.runs.evaluation_record import read_evaluation
+from conversation.runs.export_record import read_export
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RUN_NAME, RunFolder
 from conversation.runs.loss_curve import draw_loss_curve
@@ -35,6 +36,7 @@ def write_report(run: RunFolder) -> None:
         "## Held-out questions",
         _held_out(tests),
         *_evaluation(run, record),
+        *_export(run, record),
         "## What it was trained with",
         _settings(record),
         "## Repeat it",
@@ -60,6 +62,44 @@ def _evaluation(run: RunFolder, record: RunRecord) -> list[str]:
         "![Figures of the evaluation](evaluation.png)",
         figures_table({"this run": evaluation}),
         *evaluation.notes,
+    ]
+
+
+def _export(run: RunFolder, record: RunRecord) -> list[str]:
+    """The section on export.json; empty where nothing is exported, or where it was of an earlier merged model."""
+    export = read_export(run.export_json)
+    if export is None or not record.merge or export.model_files != record.merge.files:
+        return []
+    head = (
+        "type",
+        "size",
+        "change that survived",
+        "structural tests",
+        "held-out answers valid",
+        "equal answers",
+        "equal tokens",
+        "largest gap",
+    )
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for each in export.files:
+        cells = (
+            f"[{each.type}](gguf/{each.file})",
+            f"{each.bytes / 1e6:.0f} MB",
+            "not measured" if each.survived is None else f"{each.survived:.1%}",
+            f"{each.passed_tests} of 3",
+            f"{each.held_out_valid} of {each.held_out_questions}",
+            f"{each.equal_answers} of {each.answers}",
+            f"{each.equal_tokens / max(1, each.tokens):.2%}",
+            f"{each.largest_gap:.4f} nats",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    forced = [f"`{each.type}` was forced: {reason}." for each in export.files for reason in each.forced]
+    return [
+        "## Exported for llama.cpp and Ollama",
+        "\n".join(rows),
+        "Survived: how much of what the adapters changed is left in the rounded weights. Equal: what llama.cpp said is "
+        "what the merged model likes best at its place; the gap is how much more it likes its own.",
+        *forced,
     ]
 
 

@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from conversation.answering import constrained, decoding
+from conversation.answering import constrained, decoding, reading, scoring
 from conversation.answering.allowed_tokens import allowed_tokens
 from conversation.answering.decoding import (
     BEST_OF_N,
@@ -140,12 +141,12 @@ def test_logits_after_going_back_are_those_of_reading_anew(tiny_folder, tokenize
     model = load_model(tiny_folder).eval()
     model.config.sliding_window = 8
     contexts = [encode_prompt(tokenizer, prompt) for prompt in (PROMPT, THREE_CASES[1].prompt)]
-    reader = constrained._Reader(model, contexts, tokenizer.pad_token_id)
+    reader = reading.BatchReader(model, contexts, tokenizer.pad_token_id)
     for answer in ([20, 21, 22, 23, 24], [20, 21, 30], [20, 21, 30, 31], [20, 21, 30, 31], [40] * 12, [20]):
         for found, context in zip(reader.logits(answer), contexts, strict=True):
             with torch.inference_mode():
                 expected = model(input_ids=torch.tensor([context + answer]), use_cache=False).logits[0, -1]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [CONSTRAINED, CONTRAST], ids=lambda how: how.method)
@@ -266,7 +267,7 @@ def test_best_of_n_is_the_answer_that_the_question_speaks_for_most(model, tokeni
         seen.extend(answer for _, answer in pairs)
         return [scores(model, tokenizer, [(prompt, answer)])[0] for prompt, answer in pairs]
 
-    monkeypatch.setattr(decoding, "scores", listening)
+    monkeypatch.setattr(scoring, "scores", listening)
     best = generate_answer(model, tokenizer, PROMPT, Decoding("best_of_n", temperature=2.0, n=3))
     assert len({tuple(each) for each in seen}) == 3
     assert seen[0] == generate_answer(model, tokenizer, PROMPT, CONSTRAINED)
@@ -277,9 +278,9 @@ def test_best_of_n_is_the_answer_that_the_question_speaks_for_most(model, tokeni
 
 
 def test_a_draw_has_the_probabilities_of_the_softmax_within_top_p():
-    scores = torch.tensor([1.0, 0.0, 2.0, -1.0])
-    draw = constrained.Draw(0.5, 0.9, torch.Generator().manual_seed(0))
-    drawn = torch.stack([draw.perturb(scores).argmax() for _ in range(4000)])
+    scores = np.array([1.0, 0.0, 2.0, -1.0], dtype=np.float32)
+    draw = constrained.Draw(0.5, 0.9, np.random.default_rng(0))
+    drawn = torch.tensor([draw.perturb(scores).argmax() for _ in range(4000)])
     expected = torch.tensor([1.0, 0.0, 2.0, -1.0]).div(0.5).softmax(0) * torch.tensor([1, 0, 1, 0])
     found = drawn.bincount(minlength=4) / len(drawn)
     torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.02)
@@ -308,5 +309,5 @@ def test_a_mask_is_the_grammar_asked_for_each_token(tokenizer, kind):
         }
         if text and may_end(kind, text):
             expected.add(tokens.escape)
-        found = set(tokens.after(kind, text).nonzero()[:, 0].tolist())
+        found = set(np.flatnonzero(tokens.after(kind, text)).tolist())
         assert found == expected and found, (text, [tokens.texts[token] for token in found ^ expected])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from conversation.answering import token_losses
-from conversation.answering.scoring import NEUTRAL_PROMPT, log_probabilities, scores
+from conversation.answering.decoding import NEUTRAL_PROMPT
+from conversation.answering.scoring import log_probabilities, scores
 from conversation.format.calls import Prompt
 from conversation.models.tokenizer import encode, encode_prompt, load_tokenizer
 from conversation.models.weights import load_model

@@ -87,9 +87,10 @@ class Checkout:
         python.parent.mkdir(parents=True)
         python.write_text(FAKE_PYTHON)
         python.chmod(0o755)
-        with open(folder / "requirements.txt") as file:
-            stamp = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True).stdout
-        (folder / ".venv" / "requirements.txt.cksum").write_text(stamp)
+        for name in ("requirements.txt", "requirements-use.txt"):
+            with open(folder / name) as file:
+                stamp = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True).stdout
+            (folder / ".venv" / f"{name}.cksum").write_text(stamp)
 
     def run(self, *command, cwd=None, **variables):
         environment = {**os.environ, "CALLS": str(self.calls), "ATTEMPT": str(self.attempt), **variables}
@@ -137,6 +138,35 @@ def test_the_device_that_is_asked_for_is_that_of_every_stage(checkout, flags):
     checkout.check(checkout.run("./RETRAIN.sh", *flags))
     called = [line for line in checkout.calls.read_text().splitlines() if "_conversation" in line]
     assert len(called) == 4 and all(line.endswith(" --device=cpu") for line in called), called
+
+
+@pytest.mark.parametrize("given", [["--export", "q8_0,f16"], ["--export=q8_0,f16"]])
+def test_with_export_there_is_a_stage_more_and_its_flag_does_not_reach_the_training(checkout, given):
+    for before, after in (([], []), (["--demo"], ["--seed", "3"]), (["--training_data", "a b"], [])):
+        done = checkout.run("bash", "--posix", "./RETRAIN.sh", *before, *given, *after, BASH_COMPAT="3.2")
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        stages = re.findall(r"^\[(\d/7)\] (.*)", done.stdout, re.M)
+        assert [name for _, name in stages] == [*STAGES[:-1], "Export", STAGES[-1]]
+        assert [number for number, _ in stages] == [f"{number}/7" for number in range(1, 8)]
+        calls = checkout.calls.read_text().splitlines()
+        checkout.calls.unlink()
+        check, export = (call for call in calls if "export_conversation_model" in call)
+        assert check.endswith("export_conversation_model.py --type q8_0,f16 --check") and check == calls[0]
+        assert export.endswith(f"--run_dir {checkout.attempt} --type q8_0,f16 --resume")
+        (training,) = [call for call in calls if "train_conversation" in call]
+        assert training.endswith(" ".join(["train_conversation.py --attempt", *before, *after]))
+
+
+def test_a_refused_export_is_published_all_the_same_and_a_wrong_type_stops_before_the_training(checkout):
+    python = checkout.folder / ".venv" / "bin" / "python"
+    refusal = 'case "$*" in *--check) ;; *export_conv*) exit 1 ;; esac\n'
+    python.write_text(FAKE_PYTHON.replace('case "$*"', f'{refusal}case "$*"', 1))
+    done = checkout.run("./RETRAIN.sh", "--export", "q4_k_m")
+    assert done.returncode == 1 and "publish" in checkout.calls.read_text().splitlines()[-1], done.stderr
+    python.write_text(FAKE_PYTHON.replace('case "$*"', 'case "$*" in *--check) exit 2 ;; esac\ncase "$*"', 1))
+    checkout.calls.unlink()
+    done = checkout.run("./RETRAIN.sh", "--export", "q3")
+    assert done.returncode == 2 and "train_conversation" not in checkout.calls.read_text()
 
 
 def test_links_cdpath_and_the_working_folder_have_no_effect(checkout, tmp_path):

@@ -1,0 +1,217 @@
+"""One interface to a model that answers within the grammar, whichever program runs it.
+
+- a merged folder, or a run folder: transformers, in FP32, on the GPU if there is one
+- a .gguf file (export_conversation_model.py makes it): llama.cpp, through the package xllamacpp
+
+Both write the same answer where they compute the same: one `Writer` chooses the tokens, the programs give the logits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from conversation.answering.allowed_tokens import AllowedTokens
+from conversation.answering.constrained import Writer, common_length
+from conversation.answering.decoding import CONSTRAINED, Decoding
+from conversation.answering.prefix_cache import Memory, PrefixCache, Stopped
+from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocabulary, Vocabulary, fingerprint
+from conversation.errors import UserError
+from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
+from conversation.format.control_tokens import END_OF_TURN, Control
+from conversation.runs.export_record import read_export
+from conversation.runs.files import find_damage, shown
+from conversation.runs.folder import RunFolder
+from conversation_config import MAX_NEW_TOKENS, set_up_libraries
+
+CONTEXT = 2048
+"""Tokens of prompt and answer together, at most: the longest that the training takes, unless it is told otherwise."""
+CELLS = 2 * CONTEXT
+"""Tokens that llama.cpp keeps, of all prompts together; with Gemma 3 270M and FP16, 18 kB each."""
+PREFERRED = ("q8_0", "q5_1", "f16", "f32", "q4_k_m")
+"""Q8_0 first: hardly anything of the training is lost in it, and a token takes a third of the time of FP32."""
+WITHIN_THE_GRAMMAR = ("constrained", "drawn", "contrast")
+
+
+def never() -> bool:
+    return False
+
+
+class Engine(Protocol):
+    """A model that answers. One caller at a time.
+
+    `name`: what is shown. `context`: the longest prompt and answer together, in tokens.
+    """
+
+    name: str
+    context: int
+
+    def count_tokens(self, prompt: Prompt) -> int: ...
+
+    def stream(
+        self, prompt: Prompt, stopped: Callable[[], bool] = never, decoding: Decoding = CONSTRAINED
+    ) -> Iterator[str | FollowUp]:
+        """Yields the answer's fragments, then its three follow-ups, each as soon as it is whole.
+
+        Between two tokens it asks `stopped`, and ends early, without an error, when that is true. Raises UserError for
+        a prompt that leaves no room for an answer, ValueError for a decoding outside the grammar.
+        """
+
+
+class GrammarEngine:
+    """An engine from a vocabulary and an empty memory of a model. `engine` names the program, for people."""
+
+    def __init__(
+        self, name: str, engine: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
+    ) -> None:
+        self.name, self.engine, self.context = name, engine, context
+        self.vocabulary = vocabulary
+        self._tokens = AllowedTokens(vocabulary)
+        self._cache = PrefixCache(empty)
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many tokens of the newest prompt did not have to be read again."""
+        return self._cache.reused
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        return len(self.vocabulary.encode_prompt(prompt))
+
+    def stream(
+        self, prompt: Prompt, stopped: Callable[[], bool] = never, decoding: Decoding = CONSTRAINED
+    ) -> Iterator[str | FollowUp]:
+        if decoding.method not in WITHIN_THE_GRAMMAR:
+            raise ValueError(f"an engine answers {' or '.join(WITHIN_THE_GRAMMAR)}, not {decoding.method}")
+        contexts = [self._encoded(each) for each in decoding.prompts(prompt)]
+        try:
+            with self._cache.reader(contexts, stopped) as reader:
+                for written in Writer(reader, self._tokens, decoding.contrast).calls(decoding.draw()):
+                    yield written.content
+        except Stopped:
+            return
+
+    def answer(self, prompt: Prompt, decoding: Decoding = CONSTRAINED) -> Answer:
+        """A whole answer."""
+        parts = list(self.stream(prompt, decoding=decoding))
+        fragments = tuple(part for part in parts if isinstance(part, str))
+        return Answer(fragments, tuple(part for part in parts if isinstance(part, FollowUp)))
+
+    def constrained(self, prompt: Prompt) -> list[int]:
+        """The ids of the greedy answer within the grammar, up to and including `<end_of_turn>`."""
+        with self._cache.reader([self._encoded(prompt)], never) as reader:
+            return Writer(reader, self._tokens).write()
+
+    def greedy(self, prompt: Prompt) -> list[int]:
+        """The ids of the likeliest answer, free to leave the format, as `decoding.GREEDY`: up to and including
+        `<end_of_turn>`, at most MAX_NEW_TOKENS."""
+        (end,) = self.vocabulary.encode([Control(END_OF_TURN)])
+        context = self._encoded(prompt)
+        answer: list[int] = []
+        with self._cache.reader([context[:-1]], never) as reader:
+            while len(answer) < MAX_NEW_TOKENS and end not in answer[-1:]:
+                answer.append(int(reader.logits([context[-1], *answer])[0].argmax()))
+        return answer
+
+    def warm_up(self) -> None:
+        """Read what all prompts begin with, so that the first question need not wait for it."""
+        root, child = Prompt("x"), Prompt("x", (Utterance("User", "x"),))
+        start = self.vocabulary.encode_prompt(root)
+        start = start[: common_length(start, self.vocabulary.encode_prompt(child))]
+        with self._cache.reader([start], never) as reader:
+            reader.read_contexts()
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt. Raises UserError when no answer fits behind it."""
+        ids = self.vocabulary.encode_prompt(prompt)
+        if len(ids) + MAX_NEW_TOKENS > self.context:
+            raise UserError(
+                f"the conversation is too long for the model: {len(ids)} tokens and an answer of up to "
+                f"{MAX_NEW_TOKENS}, of {self.context} at most",
+                "begin a new conversation, or go on from an earlier question",
+            )
+        return ids
+
+
+def open_engine(source: Path) -> GrammarEngine:
+    """The engine for a .gguf file, a merged folder or a run folder.
+
+    Of a run folder, an exported file is taken if there is one of this model and llama.cpp is installed: in the order of
+    PREFERRED. Raises UserError when there is no model, when it is broken, and when it is another one.
+    """
+    if not source.exists():
+        raise UserError(f"there is no model at {shown(source)}", "name a run folder, a merged folder or a .gguf file")
+    source = source.resolve()
+    if source.is_file():
+        return _llama_cpp(source, source.stem)
+    run = RunFolder(source)
+    if not run.run_json.exists():
+        return _transformers(source, source.name, None)
+    record = run.read()
+    if not record.merge:
+        raise UserError(f"there is no merged model in {shown(source)}", "merge it: merge_conversation_model.py")
+    if file := _exported(run, record.merge.files):
+        return _llama_cpp(file, f"{source.name}, {file.stem.rpartition('-')[2]}")
+    return _transformers(run.merged_model, source.name, record.base_model.tokenizer_fingerprint)
+
+
+def _exported(run: RunFolder, merged: dict[str, str]) -> Path | None:
+    """The best exported file of a run's merged model. Raises UserError when it is not what was verified."""
+    export = read_export(run.export_json)
+    if export is None or export.model_files != merged or find_spec("xllamacpp") is None:
+        return None
+    by_type = {each.type: each for each in export.files if not each.forced}
+    for each in (by_type[kind] for kind in PREFERRED if kind in by_type):
+        if damage := find_damage(run.exported, {each.file: each.sha256}):
+            raise UserError(f"the exported model is broken: {damage}", "export it again: export_conversation_model.py")
+        return run.exported / each.file
+    return None
+
+
+def _transformers(folder: Path, name: str, fingerprint: str | None) -> GrammarEngine:
+    set_up_libraries()
+    from conversation.answering.reading import TransformersMemory
+    from conversation.models.merged_model import load_verified
+
+    model, tokenizer = load_verified(folder, fingerprint)
+    longest = getattr(model.config, "max_position_embeddings", CONTEXT)
+    program = f"transformers, FP32, {model.device.type}"
+    vocabulary = TransformersVocabulary(tokenizer)
+    return GrammarEngine(name, program, min(CONTEXT, longest), vocabulary, lambda: TransformersMemory(model))
+
+
+def _llama_cpp(path: Path, name: str) -> GrammarEngine:
+    """Raises UserError when the file is no GGUF, is of another model, or has another tokenizer than the training."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{shown(path)} is not a GGUF file", "export_conversation_model.py makes one")
+    from conversation.answering.llama_cpp_reading import SEQUENCES, GgufVocabulary, LlamaMemories
+    from conversation.models.llama_cpp import LlamaModel
+
+    model = LlamaModel(path)
+    vocabulary = GgufVocabulary(model, path)
+    trained = model.metadata(FINGERPRINT_KEY)
+    if trained != (found := fingerprint(vocabulary)):
+        raise UserError(
+            f"the tokenizer in {shown(path)} is not that of the training: fingerprint {found[:12]}, expected "
+            f"{trained[:12] if trained else 'one, and the file has none'}",
+            "name a file that export_conversation_model.py made",
+        )
+    exact = model.metadata("general.file_type") == "0"  # all FP32
+    model.make_context(CELLS, SEQUENCES, exact, threads())
+    program = f"llama.cpp, {model.metadata('general.size_label') or path.suffix}"
+    return GrammarEngine(name, program, min(CONTEXT, model.longest), vocabulary, LlamaMemories(model).empty)
+
+
+def threads() -> int:
+    """Threads for llama.cpp: OMP_NUM_THREADS, or the cores that this process may use. Its threads spin while they
+    wait, so that more of them than there are free cores take several times as long."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    if named.isdecimal() and int(named) > 0:
+        return int(named)
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))

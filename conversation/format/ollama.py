@@ -1,0 +1,47 @@
+"""A Modelfile for Ollama: the prompt of the training as a Go template, greedy, stopped at the end of the turn.
+
+The template is written from the constants of `calls`. Ollama puts the tokenizer's <bos> before it. It joins
+neighbouring messages of one role with an empty line; a line of the history has none, so a client sends an answer's
+fragments as tool calls, or in one message.
+"""
+
+from __future__ import annotations
+
+from conversation.format.calls import DECLARATIONS, HISTORY_HEADING, INSTRUCTION, TIMESTAMP
+from conversation.format.control_tokens import (
+    END_DECLARATION,
+    END_OF_TURN,
+    START_DECLARATION,
+    START_OF_TURN,
+)
+from conversation_config import MAX_NEW_TOKENS
+
+
+def modelfile(gguf_name: str) -> str:
+    """The Modelfile beside a GGUF file of that name."""
+    developer = f"{START_OF_TURN}developer\n{INSTRUCTION.format(timestamp=TIMESTAMP)}"
+    developer += "".join(f"{START_DECLARATION}{each}{END_DECLARATION}\n\n" for each in DECLARATIONS)
+    last = "eq (len (slice $.Messages $i)) 1"
+    each = "{{ range $i, $m := .Messages }}"  # without hyphens: they would take the line breaks away
+    history = (
+        each
+        + f"{{{{ if not ({last}) }}}}"
+        + '{{ if eq .Role "user" }}  User: "{{ .Content }}"\n{{ end }}'
+        + '{{ if eq .Role "assistant" }}{{ if .Content }}  AI: "{{ .Content }}"\n{{ end }}'
+        + '{{ range .ToolCalls }}{{ if eq .Function.Name "add_text" }}  AI: "{{ .Function.Arguments.content }}"\n'
+        + "{{ end }}{{ end }}{{ end }}{{ end }}{{ end }}"
+    )
+    question = f"{each}{{{{ if {last} }}}}{{{{ .Content }}}}{{{{ end }}}}{{{{ end }}}}"
+    template = (
+        f"{developer}{{{{ if gt (len .Messages) 1 }}}}{HISTORY_HEADING}{history}\n{{{{ end }}}}"
+        f"{END_OF_TURN}\n{START_OF_TURN}user\n{question}\n{END_OF_TURN}\n{START_OF_TURN}model\n"
+    )
+    return (
+        f"FROM ./{gguf_name}\n"
+        f'TEMPLATE """{template}"""\n'
+        "PARSER functiongemma\n"
+        f"PARAMETER stop {END_OF_TURN}\n"
+        "PARAMETER temperature 0\n"
+        "PARAMETER repeat_penalty 1.0\n"
+        f"PARAMETER num_predict {MAX_NEW_TOKENS}\n"
+    )

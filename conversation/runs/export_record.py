@@ -1,0 +1,76 @@
+"""export.json as a value: the GGUF files of a run, and what their verification found."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from conversation.errors import UserError
+from conversation.runs.files import read_json, write_json
+from conversation.runs.record import from_json
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file. What the figures are: `models.gguf_check.TensorCheck`, `answering.agreement.Agreement`.
+
+    `forced`: the reasons for which it would have been refused without --force.
+    """
+
+    type: str
+    file: str
+    bytes: int
+    sha256: str
+    share_of_error: float
+    survived: float | None
+    survived_by_type: dict[str, float]
+    passed_tests: int
+    held_out_questions: int
+    held_out_valid: int
+    held_out_distinct: int
+    answers: int
+    equal_answers: int
+    tokens: int
+    equal_tokens: int
+    largest_gap: float
+    seconds: float
+    forced: tuple[str, ...]
+    finished: str
+
+    def __str__(self) -> str:
+        survived = "" if self.survived is None else f" {self.survived:.1%} of the training's change survived;"
+        return (
+            f"{self.bytes / 1e6:.0f} MB;{survived} {self.passed_tests} of 3 structural tests, "
+            f"{self.held_out_valid} of {self.held_out_questions} held-out answers valid; "
+            f"{self.equal_tokens} of {self.tokens} tokens are the merged model's, the largest gap is "
+            f"{self.largest_gap:.3f} nats"
+        )
+
+
+@dataclass(frozen=True)
+class Export:
+    """export.json. `model_files`: the hashes of the merged model that the files were made from."""
+
+    model: str
+    model_files: dict[str, str]
+    files: tuple[ExportedFile, ...]
+
+    def with_file(self, file: ExportedFile) -> Export:
+        """With one more file, in the place of an earlier one of its type."""
+        return dataclasses.replace(self, files=(*(f for f in self.files if f.type != file.type), file))
+
+
+def write_export(export: Export, path: Path) -> None:
+    """Write export.json, whole or not at all."""
+    write_json(path, dataclasses.asdict(export))
+
+
+def read_export(path: Path) -> Export | None:
+    """export.json, or None where there is none. Raises UserError when it is broken."""
+    if not path.exists():
+        return None
+    try:
+        return from_json(Export, read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path} is broken: {error}", "remove it, and export again") from None

@@ -1,0 +1,303 @@
+"""Engines: answers that stream, stop, and reuse what was read; the same from every program."""
+
+import functools
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conversation.answering import engines, prefix_cache
+from conversation.answering.constrained import common_length
+from conversation.answering.decoding import (
+    BEST_OF_N,
+    CONSTRAINED,
+    CONTRAST,
+    DRAWN,
+    GREEDY,
+    Decoding,
+    generate_answer,
+)
+from conversation.answering.engines import CONTEXT, open_engine
+from conversation.answering.llama_cpp_reading import GgufVocabulary
+from conversation.answering.prefix_cache import PrefixCache
+from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocabulary
+from conversation.data.questions import THREE_CASES
+from conversation.errors import UserError
+from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
+from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS, Control
+from conversation.models import llama_cpp
+from conversation.models.gguf import EXPORT_TYPES, MergedWeights, write_gguf
+from conversation.models.merged_model import write_manifest
+from conversation.models.tokenizer import encode, load_tokenizer
+from conversation.models.tokenizer import fingerprint as tokenizer_fingerprint
+from conversation.models.weights import load_model
+from conversation.runs.files import file_hashes
+
+ROOT = Prompt("Why?")
+HISTORY = (Utterance("User", "Why?"), Utterance("AI", "It depends."))
+CHILD = Prompt("Example?", HISTORY)
+SIBLING = Prompt("How?", HISTORY)
+
+
+@pytest.fixture(scope="module")
+def merged(merged_tiny):
+    return merged_tiny
+
+
+@pytest.fixture(scope="module")
+def in_f32(merged, tmp_path_factory):
+    """The same model as a GGUF file in FP32."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
+    metadata = {FINGERPRINT_KEY: tokenizer_fingerprint(load_tokenizer(merged)), "general.size_label": "3M"}
+    write_gguf(MergedWeights(merged), EXPORT_TYPES["f32"], path, metadata)
+    return path
+
+
+@pytest.fixture(scope="module", params=["transformers", "llama.cpp"])
+def engine(request, merged, in_f32):
+    return open_engine(merged if request.param == "transformers" else in_f32)
+
+
+def test_an_answer_streams_fragments_and_then_three_follow_ups(engine):
+    parts = list(engine.stream(ROOT))
+    fragments = [part for part in parts if isinstance(part, str)]
+    follow_ups = parts[len(fragments) :]
+    assert 1 <= len(fragments) <= 4 and len(follow_ups) == 3
+    assert all(isinstance(part, FollowUp) for part in follow_ups)
+    assert engine.answer(ROOT) == Answer(tuple(fragments), tuple(follow_ups))
+
+
+@pytest.mark.parametrize("how", [CONSTRAINED, CONTRAST, GREEDY, DRAWN], ids=lambda how: how.method)
+def test_an_engine_says_what_the_model_says(engine, merged, how):
+    model, tokenizer = load_model(merged).eval(), load_tokenizer(merged)
+    for prompt in (ROOT, CHILD, SIBLING, ROOT):
+        expected = generate_answer(model, tokenizer, prompt, how)
+        if how is GREEDY:
+            assert engine.greedy(prompt) == expected
+        else:
+            ids = engine.vocabulary.encode(engine.answer(prompt, how).pieces())
+            assert tokenizer.decode(ids) == tokenizer.decode(expected)
+    if how is CONSTRAINED:
+        assert engine.constrained(ROOT) == generate_answer(model, tokenizer, ROOT, how)
+
+
+def test_a_seed_draws_an_answer_again_and_another_seed_another(engine):
+    one, other = (Decoding("drawn", temperature=3.0, seed=seed) for seed in (1, 2))
+    assert engine.answer(ROOT, one) == engine.answer(ROOT, one) != engine.answer(ROOT, other)
+
+
+def test_the_prefix_of_a_parent_and_of_a_sibling_is_not_read_again(engine):
+    length = engine.count_tokens
+    engine.answer(ROOT)
+    engine.answer(CHILD)
+    after_parent = engine.reused_tokens
+    engine.answer(SIBLING)
+    after_sibling = engine.reused_tokens
+    root, child, sibling = (engine.vocabulary.encode_prompt(each) for each in (ROOT, CHILD, SIBLING))
+    assert after_parent >= common_length(root, child) > 0.5 * length(ROOT)
+    assert after_sibling == common_length(child, sibling) > after_parent
+    engine.answer(ROOT)
+    assert engine.reused_tokens >= length(ROOT) - 1  # the branches left it whole
+
+
+def test_a_warm_engine_has_read_what_all_prompts_begin_with(in_f32):
+    engine = open_engine(in_f32)
+    engine.warm_up()
+    engine.answer(CHILD)
+    child, root = (engine.vocabulary.encode_prompt(each) for each in (CHILD, ROOT))
+    assert engine.reused_tokens == common_length(child, root)
+
+
+def test_a_stopped_answer_ends_early_and_leaves_the_next_one_right(engine):
+    whole = engine.answer(CHILD)
+    asked = 0
+
+    def after(number):
+        def stopped():
+            nonlocal asked
+            asked += 1
+            return asked > number
+
+        return stopped
+
+    for number in (0, 1, 25):
+        asked = 0
+        parts = list(engine.stream(CHILD, stopped=after(number)))
+        assert len(parts) < 7 and asked == number + 1
+    assert engine.answer(CHILD) == whole
+
+
+def test_an_abandoned_stream_leaves_the_next_one_right(engine):
+    whole = [engine.answer(each) for each in (ROOT, CHILD)]
+    abandoned = engine.stream(ROOT)
+    next(abandoned)
+    assert engine.answer(CHILD) == whole[1]
+    assert [*whole[0].fragments[1:], *whole[0].follow_ups] == list(abandoned)  # and can even be taken up again
+
+
+def test_only_the_last_prompts_are_kept(monkeypatch):
+    monkeypatch.setattr(prefix_cache, "KEPT", 3)
+    living = set()
+
+    class Tokens:
+        """Remembers its tokens. Its logits are those."""
+
+        def __init__(self, ids=()):
+            self.ids = list(ids)
+            living.add(self)
+
+        def extend(self, ids):
+            self.ids += ids
+            return np.array(self.ids, dtype=np.float32)
+
+        def cut(self, length):
+            assert length < len(self.ids)
+            del self.ids[length:]
+
+        def copy(self, length):
+            return Tokens(self.ids[:length])
+
+        def free(self):
+            living.remove(self)
+
+    cache = PrefixCache(Tokens)
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        context = [0, *generator.integers(0, 3, size=generator.integers(1, 8)).tolist()]
+        with cache.reader([context], lambda: False) as reader:
+            for _ in range(3):
+                answer = generator.integers(0, 3, size=generator.integers(1, 6)).tolist()
+                assert reader.logits(answer).tolist() == [[*context, *answer]]
+        assert len(living) <= 3
+    assert len(living) == 3
+
+
+@pytest.mark.parametrize("how", [GREEDY, BEST_OF_N, Decoding("sampled")], ids=lambda how: how.method)
+def test_a_decoding_outside_the_grammar_is_refused(engine, how):
+    with pytest.raises(ValueError, match="constrained or drawn"):
+        next(engine.stream(ROOT, decoding=how))
+
+
+def test_a_conversation_that_is_too_long_is_refused_in_a_sentence(engine):
+    long = Prompt("Why?", tuple(Utterance("AI", "word " * 100) for _ in range(30)))
+    assert engine.count_tokens(long) > CONTEXT
+    with pytest.raises(UserError, match="the conversation is too long"):
+        next(engine.stream(long))
+
+
+def test_what_is_no_model_is_refused_in_a_sentence(tmp_path, merged):
+    with pytest.raises(UserError, match="there is no model at"):
+        open_engine(tmp_path / "absent")
+    with pytest.raises(UserError, match="is not a merged model"):
+        open_engine(tmp_path)
+    broken = shutil.copytree(merged, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="is broken"):
+        open_engine(broken)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json is broken"):
+        open_engine(tmp_path)
+
+
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+def test_llama_cpp_has_the_vocabulary_of_the_tokenizer(merged, in_f32):
+    theirs = GgufVocabulary(llama_cpp.LlamaModel(in_f32), in_f32)
+    ours = TransformersVocabulary(load_tokenizer(merged))
+    assert set(theirs.plain) ^ set(ours.plain) == set() and theirs.escape == ours.escape
+    assert [theirs.texts[token] for token in ours.plain] == [ours.texts[token] for token in ours.plain]
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.sampled_from([Control(token) for token in FORMAT_TOKENS]),
+        st.sampled_from([*CONTROL_TOKENS, "<0x41>", "▁", "  ", "\n\n", "<", ">"]),
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12),
+        st.text("abc <>_\n", max_size=12),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(pieces=PIECES)
+def test_llama_cpp_encodes_any_text_as_the_tokenizer_does(merged, in_f32, pieces):
+    ours, theirs = _both(merged, in_f32)
+    assert theirs.encode(pieces) == encode(ours, pieces)
+
+
+@functools.cache
+def _both(merged, in_f32):
+    return load_tokenizer(merged), GgufVocabulary(llama_cpp.LlamaModel(in_f32), in_f32)
+
+
+def test_a_full_memory_forgets_the_oldest_prompt_and_not_the_answer(in_f32, monkeypatch):
+    whole = open_engine(in_f32)
+    prompts = [Prompt(f"What's {letter}?", HISTORY) for letter in "abcdef"]
+    expected = [whole.answer(prompt) for prompt in prompts]
+    longest = max(map(whole.count_tokens, prompts))
+    monkeypatch.setattr(engines, "CELLS", longest + 512)
+    small = open_engine(in_f32)
+    assert [small.answer(prompt) for prompt in prompts] == expected
+    monkeypatch.setattr(engines, "CELLS", 256)
+    tiny = open_engine(in_f32)
+    with pytest.raises(UserError, match="no memory for a text of this length"):
+        tiny.answer(Prompt("Why?", HISTORY * 12))
+
+
+def test_without_the_package_a_sentence_says_how_to_install_it(in_f32, monkeypatch):
+    llama_cpp.library.cache_clear()
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(UserError, match="is not installed") as refused:
+        open_engine(in_f32)
+    assert "-m pip install xllamacpp==" in refused.value.hint
+    monkeypatch.undo()
+    monkeypatch.setattr("xllamacpp.__version__", "2020.1.1")
+    with pytest.raises(UserError, match=r"version 2020.1.1, and 2026\S+ is needed"):
+        open_engine(in_f32)
+    monkeypatch.undo()
+    monkeypatch.setitem(llama_cpp._DEFAULTS, "n_batch", 2047)
+    with pytest.raises(UserError, match="structures of this build of xllamacpp are others: n_batch"):
+        open_engine(in_f32)
+    monkeypatch.undo()
+    assert open_engine(in_f32).answer(ROOT)
+
+
+def test_a_file_that_is_no_model_of_ours_is_refused_in_a_sentence(tmp_path, merged, in_f32):
+    other = tmp_path / "other.gguf"
+    for content, problem in ((b"", "is not a GGUF file"), (b"GGUF" + bytes(64), "cannot be loaded")):
+        other.write_bytes(content)
+        with pytest.raises(UserError, match=problem):
+            open_engine(other)
+    other.write_bytes(in_f32.read_bytes()[:-4096])
+    with pytest.raises(UserError, match=r"cannot be loaded: .*(corrupted|incomplete|bounds)"):
+        open_engine(other)
+    for metadata in ({}, {FINGERPRINT_KEY: "0" * 64}):
+        write_gguf(MergedWeights(merged), EXPORT_TYPES["q8_0"], other, metadata)
+        with pytest.raises(UserError, match="is not that of the training: fingerprint"):
+            open_engine(other)
+    foreign = in_f32.read_bytes().replace(b"<start_function_call>", b"<start_function_cell>")
+    other.write_bytes(foreign)
+    with pytest.raises(UserError, match="is another model: its vocabulary has no <start_function_call>"):
+        open_engine(other)
+
+
+@pytest.mark.standin
+@pytest.mark.slow
+def test_the_real_model_says_the_same_ids_in_both_programs(standin_folder, tmp_path):
+    folder = shutil.copytree(standin_folder, tmp_path / "model")
+    tokenizer = load_tokenizer(folder)
+    generation = {"eos_token_id": tokenizer.convert_tokens_to_ids("<end_of_turn>")}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    write_manifest(folder, file_hashes(folder))
+    path = tmp_path / "real-f32.gguf"
+    write_gguf(MergedWeights(folder), EXPORT_TYPES["f32"], path, {FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
+    one, other = open_engine(folder), open_engine(path)
+    for case in THREE_CASES:
+        assert other.constrained(case.prompt) == one.constrained(case.prompt)
+        assert other.greedy(case.prompt)[:30] == one.greedy(case.prompt)[:30]
