@@ -3,6 +3,7 @@
 - greedy: the likeliest token each time, free to leave the format. What the structural tests judge.
 - sampled: tokens drawn at a temperature, free as well.
 - constrained: greedy within the grammar of the format. Always valid, nothing said twice.
+- drawn: tokens drawn at a temperature within the grammar.
 - contrast: constrained, and what the question makes likely counts more than what is likely after any question.
 - best_of_n: the constrained answer and n - 1 drawn within the grammar; the one that the question speaks for most.
 """
@@ -30,11 +31,11 @@ PROMPTS_AT_A_TIME = 16
 class Decoding:
     """How an answer is chosen. Raises ValueError for an option that cannot be right.
 
-    `temperature`, `top_p` and `seed` count where tokens are drawn (sampled, best_of_n); `strength` is the a of
+    `temperature`, `top_p` and `seed` count where tokens are drawn (sampled, drawn, best_of_n); `strength` is the a of
     (1 + a) log p(token | question) - a log p(token | neutral question); `n` the number of answers to choose from.
     """
 
-    method: Literal["greedy", "sampled", "constrained", "contrast", "best_of_n"]
+    method: Literal["greedy", "sampled", "constrained", "drawn", "contrast", "best_of_n"]
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 0
@@ -43,7 +44,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.method not in ("greedy", "sampled", "constrained", "contrast", "best_of_n"):
+        if self.method not in ("greedy", "sampled", "constrained", "drawn", "contrast", "best_of_n"):
             problems.append(f"unknown method {self.method!r}")
         if not 0 < self.temperature < math.inf:
             problems.append(f"the temperature must be greater than 0, not {self.temperature}")
@@ -129,9 +130,11 @@ def _within_the_grammar(
     from conversation.answering.constrained import Draw, Writer
 
     writer = Writer(model, tokenizer, prompt, decoding.strength if decoding.method == "contrast" else 0.0)
-    if decoding.method != "best_of_n":
+    if decoding.method in ("constrained", "contrast"):
         return writer.write()
     draw = Draw(decoding.temperature, decoding.top_p, torch.Generator().manual_seed(decoding.seed))
+    if decoding.method == "drawn":
+        return writer.write(draw)
     answers = [writer.write(), *(writer.write(draw) for _ in range(decoding.n - 1))]
     found = scores(model, tokenizer, [(prompt, answer) for answer in answers])
     return answers[found.index(max(found))]
