@@ -22,6 +22,8 @@ from conversation.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent
 TRAINING_RUNS = PROJECT / "training-runs" / "conversation"
+CONVERSATIONS = PROJECT / "training-runs" / "conversations"  # of the page; its server keeps them
+OWN_TREES = PROJECT / "training-runs" / "own_trees"  # training trees made from them, for --training_data
 HELD_OUT_QUESTIONS = PROJECT / "data" / "held_out_questions.jsonl"
 EVALUATION_QUESTIONS = tuple(PROJECT / "data" / "evaluation" / f"{name}.jsonl" for name in ("known", "unseen"))
 CORE_TREES, EXPERT_TREES = PROJECT / "data" / "core_trees", PROJECT / "data" / "conversation_trees"

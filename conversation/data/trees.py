@@ -209,6 +209,31 @@ def read_listed_trees(path: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
     return [trees[name] for name in wanted]
 
 
+def format_tree(value: dict[str, Any], spread: bool = True) -> str:
+    """A tree's JSON laid out as the project's own files are. `spread`: a line for each text, as in the expert set."""
+
+    def line(part: Any) -> str:
+        return json.dumps(part, ensure_ascii=False)
+
+    def block(opening: str, rows: list[str], closing: str, indent: int) -> str:
+        return opening + "\n" + ",\n".join(" " * (indent + 2) + row for row in rows) + "\n" + " " * indent + closing
+
+    def listed(rows: list[str]) -> str:
+        return block("[", rows, "]", 6)
+
+    nodes = []
+    for name, node in value["nodes"].items():
+        texts = listed([line(text) for text in node["texts"]]) if spread else line(node["texts"])
+        rows = [f'"texts": {texts}']
+        if "other_texts" in node:
+            rows.append(f'"other_texts": {listed([line(each) for each in node["other_texts"]])}')
+        rows.append(f'"choices": {listed([f"{{ {line(choice)[1:-1]} }}" for choice in node["choices"]])}')
+        rows += [f'"readers": {node["readers"]}'] if "readers" in node else []
+        nodes.append(f"{line(name)}: {block('{', rows, '}', 4)}")
+    asked = [f'"{key}": {line(value[key])}' for key in ("question", "also_asked", "root") if key in value]
+    return block("{", [*asked, f'"nodes": {block("{", nodes, "}", 2)}'], "}", 0) + "\n"
+
+
 def _place(path: Any) -> str:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return place.lstrip(".") or "the tree"

@@ -1,0 +1,295 @@
+"""OpenAI's API: /v1/models and /v1/chat/completions, plain and streamed.
+
+With the tools add_text and add_choice an answer is tool calls, as it was trained; without them it is text, one fragment
+a line, with the follow-ups beside it in a field of its own, `follow_ups`. A call is whole or absent: `stop` and
+`max_tokens` end an answer before the call that they would cut.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from conversation.answering.answer_queue import AnswerQueue
+from conversation.answering.asking import Sampling, check_length
+from conversation.answering.http_requests import JobResponse, read_object, results_or_pings, unless_gone
+from conversation.answering.openai_requests import ChatRequest, parse_request
+from conversation.answering.refusals import Refused, refusal_of
+from conversation.format.calls import FollowUp, Prompt, call_pieces
+from conversation.format.control_tokens import Control
+from conversation.format.grammar import ADD_CHOICE, ADD_TEXT
+
+if TYPE_CHECKING:
+    from conversation.answering.engines import Engine
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _PromptRead:
+    """The first result of a job: the prompt fits. `tokens`: its length."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A fragment or follow-up of answer number `index`, and its length in tokens."""
+
+    index: int
+    content: str | FollowUp
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Answer number `index` is at its end, for this reason in OpenAI's words."""
+
+    index: int
+    reason: str
+
+
+@dataclass
+class _Usage:
+    prompt: int = 0
+    completion: int = 0
+
+    def as_json(self) -> Json:
+        total = self.prompt + self.completion
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+
+
+def openai_routes(queue: AnswerQueue, name: Callable[[], str]) -> list[Route]:
+    """The routes of a server whose model has this name."""
+    api = OpenAiApi(queue, name)
+    return [
+        Route("/v1/models", api.models),
+        Route("/v1/models/{model:path}", api.model),
+        Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+    ]
+
+
+class OpenAiApi:
+    def __init__(self, queue: AnswerQueue, name: Callable[[], str]):
+        self._queue, self._name = queue, name
+        self._created = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["model"])
+        return JSONResponse(self._card())
+
+    async def chat_completions(self, request: Request) -> Response:
+        asked = parse_request(await read_object(request))
+        self._check_model(asked.model)
+        client = request.client.host if request.client else ""
+        job = self._queue.submit(work_for(asked), client)
+        completion = _Completion(asked, self._name())
+        if not asked.stream:
+
+            async def whole() -> Response:
+                async for result in job.results():
+                    completion.add(result)
+                return JSONResponse(completion.as_json())
+
+            return await unless_gone(request, job, whole)
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                yield _data(completion.chunk({"role": "assistant", "content": None if asked.functions else ""}))
+                async for result in results_or_pings(job):
+                    if isinstance(result, bytes):
+                        yield result
+                    else:
+                        for chunk in completion.add(result):
+                            yield _data(chunk)
+                for chunk in completion.last_chunks():
+                    yield _data(chunk)
+                yield b"data: [DONE]\n\n"
+            except Exception as error:
+                yield _data({"error": refusal_of(error).error(request.url.path)})
+
+        async def prompt_read() -> Response:
+            """The stream begins when its prompt was read: what is wrong with that still gets a status of its own."""
+            completion.add(await job.next())
+            return JobResponse(job, events())
+
+        return await unless_gone(request, job, prompt_read)
+
+    def _card(self) -> Json:
+        return {"id": self._name(), "object": "model", "created": self._created, "owned_by": "conversation"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name():
+            problem = f"the model {name[:100]!r} is not served here, {self._name()!r} is"
+            raise Refused(404, problem, parameter="model", code="model_not_found")
+
+
+# --- the work --------------------------------------------------------------------------------------------------------
+
+
+def work_for(asked: ChatRequest) -> Callable[[Engine, Callable[[], bool]], Generator[Any, None, None]]:
+    """Work for the queue: the prompt's length, then the parts of each answer and its end."""
+
+    def work(engine: Engine, stopped: Callable[[], bool]) -> Generator[Any, None, None]:
+        yield _PromptRead(check_length(engine, asked.prompt))
+        for index, sampling in enumerate(asked.samplings):
+            yield from _answer(engine, asked, index, sampling, stopped)
+
+    return work
+
+
+def _answer(
+    engine: Engine, asked: ChatRequest, index: int, sampling: Sampling, stopped: Callable[[], bool]
+) -> Generator[Any, None, None]:
+    left = asked.max_tokens
+    written = ""
+    for part in sampling.stream(engine, asked.prompt, stopped):
+        function, text = (ADD_TEXT, part) if isinstance(part, str) else (ADD_CHOICE, part.text)
+        if asked.functions and function.function not in asked.functions:
+            if function is ADD_CHOICE:
+                break  # only texts are wanted, and there are no more
+            continue
+        tokens = answer_tokens(engine, part)
+        if left is not None:
+            left -= tokens
+            if left < 0:
+                yield _Finished(index, "length")
+                return
+        if asked.functions:
+            cut = None if any(stop in text for stop in asked.stops) else part
+        elif isinstance(part, str):
+            before, written = written, f"{written}\n{text}" if written else text
+            ends = [at for stop in asked.stops if (at := written.find(stop)) >= 0]
+            cut = written[len(before) : min(ends)].removeprefix("\n") if ends else part
+        else:
+            cut = part
+        if cut is not part:
+            yield from [_Part(index, cut, tokens)] if cut else []
+            yield _Finished(index, "stop")
+            return
+        yield _Part(index, part, tokens)
+    if not stopped():
+        yield _Finished(index, "tool_calls" if asked.functions else "stop")
+
+
+def answer_tokens(engine: Engine, part: str | FollowUp) -> int:
+    """How many tokens the call of a fragment or a follow-up takes in the model's answer."""
+    if isinstance(part, str):
+        pieces = call_pieces(ADD_TEXT.function, content=part)
+    else:
+        values = {"text": part.text, "confidence": part.confidence, "target": part.target}
+        pieces = call_pieces(ADD_CHOICE.function, **values)
+    controls = sum(isinstance(piece, Control) for piece in pieces)
+    return controls + sum(_text_tokens(engine, piece) for piece in pieces if not isinstance(piece, Control))
+
+
+def _text_tokens(engine: Engine, text: str) -> int:
+    """The tokens of a text, as what a question grows by when it is put between two marks."""
+    return engine.count_tokens(Prompt(f"«{text}»")) - engine.count_tokens(Prompt("«»"))
+
+
+# --- what is sent ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Completion:
+    """A completion as it grows, and its chunks."""
+
+    asked: ChatRequest
+    model: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    usage: _Usage = field(default_factory=_Usage)
+    answers: dict[int, list[str | FollowUp]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def add(self, result: Any) -> list[Json]:
+        """Take in a result of the work; the chunks that it makes."""
+        if isinstance(result, _PromptRead):
+            self.usage.prompt = result.tokens
+            return []
+        chunks = []
+        parts = self.answers.setdefault(result.index, [])
+        if result.index and not parts and result.index not in self.reasons:
+            first = {"role": "assistant", "content": None if self.asked.functions else ""}
+            chunks.append(self.chunk(first, result.index))
+        if isinstance(result, _Finished):
+            self.reasons[result.index] = result.reason
+            extra = {} if self.asked.functions else {"follow_ups": _follow_ups(parts)}
+            return [*chunks, self.chunk(extra, result.index, result.reason)]
+        parts.append(result.content)
+        self.usage.completion += result.tokens
+        if self.asked.functions:
+            number = len(parts) - 1
+            call = {"index": number, **_tool_call(self.id, result.index, number, result.content)}
+            return [*chunks, self.chunk({"tool_calls": [call]}, result.index)]
+        if isinstance(result.content, str):
+            text = result.content if len(parts) == 1 else f"\n{result.content}"
+            chunks.append(self.chunk({"content": text}, result.index))
+        return chunks
+
+    def chunk(self, delta: Json, index: int = 0, reason: str | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if self.asked.include_usage else {}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
+
+    def last_chunks(self) -> list[Json]:
+        if not self.asked.include_usage:
+            return []
+        return [{**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage.as_json()}]
+
+    def as_json(self) -> Json:
+        choices = []
+        for index, reason in sorted(self.reasons.items()):
+            parts = self.answers[index]
+            message: Json = {"role": "assistant", "content": None, "refusal": None}
+            if self.asked.functions:
+                calls = [_tool_call(self.id, index, number, part) for number, part in enumerate(parts)]
+                message |= {"tool_calls": calls} if calls else {"content": ""}
+            else:
+                message["content"] = "\n".join(part for part in parts if isinstance(part, str))
+                message["follow_ups"] = _follow_ups(parts)
+            choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": reason})
+        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage.as_json()}
+
+    def _head(self, kind: str) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+        }
+
+
+def _tool_call(completion: str, index: int, number: int, part: str | FollowUp) -> Json:
+    name, arguments = (ADD_TEXT.function, {"content": part}) if isinstance(part, str) else _choice_call(part)
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": f"call_{completion[9:25]}_{index}_{number}", "type": "function", "function": function}
+
+
+def _choice_call(part: FollowUp) -> tuple[str, Json]:
+    return ADD_CHOICE.function, _as_json(part)
+
+
+def _follow_ups(parts: list[str | FollowUp]) -> list[Json]:
+    return [_as_json(part) for part in parts if isinstance(part, FollowUp)]
+
+
+def _as_json(part: FollowUp) -> Json:
+    return {"text": part.text, "confidence": part.probability, "target": part.target}
+
+
+def _data(value: Json) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
