@@ -1,0 +1,195 @@
+// All conversations: kept in the browser at once, sent to the server when it is there, shared with other tabs.
+//
+// A tab works on its own copy of a document. What it last read or wrote in the browser is the base for merging with
+// other tabs; what the server last had is the base for merging with the server, where another browser may have saved.
+
+import { merge } from "./merge.js";
+import * as server from "./server.js";
+
+const SEND_AFTER = 500; // milliseconds without a change
+const SEND_AGAIN = 15_000;
+
+export class Library {
+  #store;
+  #page;
+  #seen = new Map(); // id -> the record that this tab last read or wrote
+  #queue = Promise.resolve();
+  #timer = null;
+  #channel = new BroadcastChannel("conversations");
+
+  /**
+   * `page` is told what happens: `mine(id)` gives this tab's document, `changed(id, doc)` that it became another one
+   * elsewhere (null: deleted), `met({copies, both})` that two versions were merged, `sent(error)` that everything is on
+   * the server or why it is not, `listed()` that the list of conversations is another one.
+   */
+  constructor(store, page) {
+    this.#store = store;
+    this.#page = page;
+    this.#channel.addEventListener("message", ({ data }) => this.#readAgain(data));
+  }
+
+  /** The records of all conversations that are not deleted, the one with the newest question first. */
+  async list() {
+    const records = (await this.#store.all()).filter((record) => !record.deleted);
+    const age = new Map(records.map(({ id, doc }) => [id, lastAsked(doc)]));
+    return records.sort((a, b) => (age.get(a.id) < age.get(b.id) ? 1 : -1));
+  }
+
+  /** The document, which this tab works on from now on; null if it is not here. */
+  async open(id) {
+    const record = await this.#store.get(id);
+    if (!record || record.deleted) return null;
+    this.#seen.set(id, record);
+    return record.doc;
+  }
+
+  /** Keeps this tab's document in the browser, merged with what another tab wrote; later it is sent. */
+  save(doc, { send = true } = {}) {
+    return this.#inTurn(async () => {
+      const ours = this.#page.mine(doc.id) ?? doc;
+      const seen = this.#seen.get(doc.id);
+      let met = null;
+      const record = await this.#store.change(doc.id, (stored) => {
+        met = stored && !stored.deleted && stored.writes !== seen?.writes ? merge(seen?.doc ?? null, ours, stored.doc) : null;
+        return { base: null, ...stored, id: doc.id, doc: met?.doc ?? ours, unsent: true, deleted: false };
+      });
+      this.#seen.set(doc.id, record);
+      this.#channel.postMessage(doc.id);
+      if (met) this.#adopt(record.doc, ours);
+      if (met?.copies.length) this.#page.met(met);
+      if (send) this.sendSoon();
+      this.#page.listed();
+    });
+  }
+
+  /** Deletes a conversation here, and on the server when it is there. `save` brings it back. */
+  remove(id) {
+    return this.#inTurn(async () => {
+      await this.#store.change(id, (record) => record && { ...record, deleted: true, unsent: true });
+      this.#seen.delete(id);
+      this.#channel.postMessage(id);
+      this.sendSoon();
+      this.#page.listed();
+    });
+  }
+
+  sendSoon(delay = SEND_AFTER) {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.send(), delay);
+  }
+
+  /** Sends what the server lacks, one conversation after the other. What fails stays unsent. */
+  async send() {
+    clearTimeout(this.#timer);
+    let failure = null;
+    for (const { id } of (await this.#store.all()).filter((record) => record.unsent)) {
+      try {
+        await oneTabAtATime(id, () => this.#sendOne(id));
+      } catch (error) {
+        if (!(error instanceof server.ServerError)) throw error;
+        failure = error;
+        if (error.status === 0) break;
+      }
+    }
+    if (failure?.status >= 429) this.sendSoon(SEND_AGAIN);
+    this.#page.sent(failure);
+    this.#page.listed();
+  }
+
+  /** Reads what the server has and this browser lacks, or has in an older version. */
+  async fetch() {
+    const here = new Map((await this.#store.all()).map((record) => [record.id, record]));
+    for (const { id, changed } of (await server.listConversations()) ?? []) {
+      const record = here.get(id);
+      if (record?.deleted || (record && record.changed === changed)) continue;
+      const theirs = await server.getConversation(id);
+      if (theirs) await this.#inTurn(() => this.#receive(id, theirs, changed));
+    }
+    this.#page.listed();
+  }
+
+  async #sendOne(id) {
+    const record = await this.#store.get(id);
+    if (!record?.unsent) return;
+    if (record.deleted) {
+      await server.deleteConversation(id).catch(unlessMissing);
+      await this.#inTurn(() => this.#store.change(id, (now) => (now?.deleted ? undefined : now)));
+      return;
+    }
+    try {
+      const answer = await server.putConversation({ ...record.doc, revision: record.base?.revision ?? 0 });
+      await this.#inTurn(() => this.#confirm(id, record, { ...record.doc, revision: answer.revision }));
+    } catch (error) {
+      if (error.status !== 409) throw error;
+      const theirs = error.body?.nodes ? error.body : await server.getConversation(id);
+      await this.#inTurn(() => this.#receive(id, theirs));
+      await this.#sendOne(id);
+    }
+  }
+
+  /** The server has `base`, which was `sent`; what was written since remains to be sent. */
+  async #confirm(id, sent, base) {
+    const record = await this.#store.change(
+      id,
+      (now) => now && { ...now, base, changed: undefined, unsent: now.deleted || now.writes !== sent.writes },
+    );
+    if (record && this.#seen.get(id)?.writes === record.writes - 1) this.#seen.set(id, record);
+  }
+
+  /** The server has another document than we thought: ours becomes both. */
+  async #receive(id, theirs, changed) {
+    let met = null;
+    const record = await this.#store.change(id, (now) => {
+      met = null;
+      if (!now) return { id, doc: theirs, base: theirs, unsent: false, deleted: false, changed };
+      if (now.deleted) return now;
+      if (now.base?.revision !== theirs.revision) met = { ...merge(now.base, now.doc, theirs), unsent: now.unsent };
+      return { ...now, doc: met?.doc ?? now.doc, base: theirs, changed };
+    });
+    if (!met) return;
+    this.#channel.postMessage(id);
+    const seen = this.#seen.get(id);
+    if (!seen) return;
+    this.#seen.set(id, record);
+    this.#adopt(record.doc, seen.doc);
+    if (met.unsent && met.both) this.#page.met(met);
+  }
+
+  /** Another tab wrote or deleted this conversation. */
+  #readAgain(id) {
+    this.#page.listed();
+    return this.#inTurn(async () => {
+      const seen = this.#seen.get(id);
+      const record = seen && (await this.#store.get(id));
+      if (!seen || record?.writes === seen.writes) return;
+      if (!record || record.deleted) {
+        this.#seen.delete(id);
+        this.#page.changed(id, null);
+      } else {
+        this.#seen.set(id, record);
+        this.#adopt(record.doc, seen.doc);
+      }
+    });
+  }
+
+  /** Makes `doc` this tab's document, together with what this tab changed since `base`. */
+  #adopt(doc, base) {
+    const mine = this.#page.mine(doc.id);
+    if (mine) this.#page.changed(doc.id, merge(base, mine, doc).doc);
+  }
+
+  /** One write after the other. */
+  #inTurn(work) {
+    const result = this.#queue.then(work);
+    this.#queue = result.catch(() => {});
+    return result;
+  }
+}
+
+export const lastAsked = (doc) => Object.values(doc.nodes).reduce((last, { created }) => (created > last ? created : last), "");
+
+function unlessMissing(error) {
+  if (error.status !== 404) throw error;
+}
+
+const oneTabAtATime = (id, work) => (navigator.locks ? navigator.locks.request(`send ${id}`, work) : work());

@@ -1,0 +1,297 @@
+// The page, put together: the reader in the middle, the views around it, the library and the server behind it.
+
+import { openBrowserStore } from "./browser_store.js";
+import { Composer } from "./composer.js";
+import { Connection } from "./connection.js";
+import { nodeOf, rootOf } from "./conversation.js";
+import { askForText } from "./dialogs.js";
+import { byId, icon } from "./dom.js";
+import { chooseFiles, readFile, saveCopy, saveMarkdown, saveTree } from "./exchange.js";
+import { listenToKeys, openHelp } from "./keys.js";
+import { Library } from "./library.js";
+import { ConversationMap } from "./map.js";
+import { fillMenu } from "./menu.js";
+import { announce, dismiss, notify } from "./notices.js";
+import { panel } from "./panels.js";
+import { Gains, Prefetch } from "./prefetch.js";
+import { Reader } from "./reader.js";
+import { Reading } from "./reading.js";
+import { openSearch } from "./search.js";
+import * as server from "./server.js";
+import { settings } from "./settings.js";
+import { Shelf } from "./shelf.js";
+import { Status } from "./status.js";
+import { sayProblems, treeFor } from "./training.js";
+import { Undo } from "./undo.js";
+
+// --- the library and the reader ---------------------------------------------------------------------------------------
+
+const store = await openBrowserStore();
+const library = new Library(store, {
+  mine: (id) => (reader.doc?.id === id ? reader.doc : null),
+  changed(id, doc) {
+    if (reader.doc?.id !== id) return;
+    reader.replace(doc);
+    if (!doc) notify("This conversation was deleted in another tab.");
+  },
+  met({ copies }) {
+    const twice = copies.length === 1 ? "One answer was changed in both places: it stands twice, side by side." : `${copies.length} answers were changed in both places: they stand twice, side by side.`;
+    notify(`This conversation was changed elsewhere, too. Both changes are kept. ${copies.length ? twice : ""}`.trim(), { topic: "met" });
+  },
+  sent: (error) => {
+    status.setKept(error);
+    if (error?.status === 0) connection.check();
+    if (error?.status === 401) askForKey();
+  },
+  listed: () => renderShelf(),
+});
+
+const gains = new Gains();
+const prefetch = new Prefetch((id) => reader.doc?.current === id && reading.render());
+prefetch.enabled = settings.prefetch;
+const undo = new Undo();
+const picks = []; // that the server does not know yet
+
+const reader = new Reader({
+  library,
+  prefetch,
+  gains,
+  undo,
+  say: { announce, notify },
+  changed: (how) => render(how),
+  counted: (...pick) => {
+    picks.push(pick);
+    sendPicks();
+  },
+});
+
+/** Tells the server which choices were picked, each once, when the conversation is there. */
+async function sendPicks() {
+  while (picks.length) {
+    const [id, node, choice] = picks[0];
+    try {
+      await server.countPicked(id, node, choice);
+    } catch (error) {
+      if (error.status === 0) return; // later, when it is back
+    }
+    picks.shift();
+  }
+}
+
+// --- the views ----------------------------------------------------------------------------------------------------------
+
+const shelfPanel = panel("shelf", "open-shelf");
+const mapPanel = panel("map-panel", "open-map");
+
+const actions = {
+  pick: (place) => reader.pick(place),
+  own: () => composer.focus(),
+  again: () => reader.askAgain(),
+  stop: () => reader.stop(),
+  parent: () => reader.goParent(),
+  child: () => reader.goChild(),
+  sibling: (step) => reader.goSibling(step),
+  mark: (mark) => reader.mark(mark),
+  favourite: () => reader.favourite(),
+  correct: () => reading.correct(),
+  remove: () => reader.remove(),
+  removeConversation: () => reader.removeConversation(),
+  undo: () => reader.undoLast(),
+  help: () => openHelp(settings.keys),
+
+  start() {
+    shelfPanel.close();
+    reader.open(null);
+    composer.cancel();
+    composer.focus();
+  },
+
+  map() {
+    mapPanel.open();
+    if (reader.doc) map.focus(reader.doc.current);
+  },
+
+  shelf() {
+    shelfPanel.open();
+    shelf.focus();
+  },
+
+  editQuestion() {
+    const { node } = reader;
+    if (!node) return;
+    const root = node.parent === null;
+    composer.edit(root ? "In other words, as a new conversation" : "In other words, beside this question", node.question, (text) => reader.askInstead(text), { root });
+  },
+
+  editChoice(place) {
+    composer.edit("This follow-up in your words", reader.node.choices[place].text, (text) => reader.ask(text));
+  },
+
+  async search() {
+    const records = await library.list();
+    const hit = await openSearch(records.map((record) => record.doc).sort((a, b) => (b.id === reader.doc?.id) - (a.id === reader.doc?.id)));
+    if (!hit) return;
+    if (hit.doc.id !== reader.doc?.id) await openConversation(hit.doc.id, hit.node.id);
+    else reader.go(hit.node.id);
+  },
+
+  async rename() {
+    const title = reader.doc && (await askForText({ title: "Rename the conversation", label: "Title", value: reader.doc.title }));
+    if (title) reader.rename(title);
+  },
+
+  async saveTree() {
+    const made = reader.doc && (await treeFor(reader.doc));
+    if (!made) return;
+    await library.save(reader.doc);
+    await library.send();
+    try {
+      const { path, warnings } = await server.saveTrainingTree(reader.doc.id, made.leaveOut);
+      notify([`Saved as ${path}.`, ...(warnings ?? [])].join(" "), { topic: "saved", kind: "error" });
+    } catch (error) {
+      const { problems } = error.body?.error ?? {};
+      if (problems) sayProblems(error.message, problems);
+      else notify(`${error.message} ${error.hint ?? ""}`, { kind: "error" });
+    }
+  },
+
+  async exportTree() {
+    const made = await treeFor(reader.doc);
+    if (!made) return;
+    saveTree(made);
+    if (made.left) notify(`${made.left} ${made.left === 1 ? "answer stays" : "answers stay"} out of the tree: drafts, second answers, what is marked bad.`);
+  },
+
+  exportMarkdown: () => saveMarkdown(reader.doc),
+  exportCopy: () => saveCopy(reader.doc),
+  importFiles: async () => importAll(await chooseFiles()),
+
+  setPrefetch(on) {
+    settings.setPrefetch(on);
+    prefetch.enabled = on;
+    if (!on) prefetch.leave();
+    else if (reader.node) prefetch.follow(reader.doc, reader.node);
+    reading.render();
+  },
+};
+
+const status = new Status();
+const reading = new Reading(byId("reading"), reader, actions);
+const composer = new Composer(byId("composer"), reader, status.element);
+const map = new ConversationMap(byId("map-panel"), {
+  go: (id, how) => {
+    reader.go(id, how);
+    if (how.focus) mapPanel.close();
+  },
+  close: mapPanel.close,
+});
+const shelf = new Shelf(byId("shelf"), { open: (id) => openConversation(id), start: actions.start, close: shelfPanel.close });
+const menu = fillMenu(byId("menu"), actions);
+for (const [id, name] of [["open-shelf", "menu"], ["open-search", "search"], ["open-map", "map"], ["open-menu", "more"]]) byId(id).prepend(icon(name));
+byId("open-search").addEventListener("click", actions.search);
+listenToKeys(actions, () => settings.keys);
+
+function render({ focus = false } = {}) {
+  const { doc } = reader;
+  reading.render({ focus });
+  map.render(doc);
+  composer.render();
+  menu.setOpen(Boolean(doc));
+  status.setGain(gains.summary());
+  byId("title").textContent = doc?.title ?? "New conversation";
+  document.title = doc ? `${doc.title} – Conversation` : "Conversation";
+  history.replaceState(null, "", doc ? `#${doc.id}/${doc.current}` : location.pathname + location.search);
+}
+
+async function renderShelf() {
+  shelf.render(await library.list(), reader.doc?.id, connection.state === "away" || status.failed);
+}
+
+// --- opening and importing ----------------------------------------------------------------------------------------------
+
+async function openConversation(id, nodeId = null, { focus = true, push = true } = {}) {
+  const doc = await library.open(id);
+  if (!doc) return false;
+  if (push && reader.doc && doc.id !== reader.doc.id) history.pushState(null, "", location.href);
+  reader.open(nodeId && nodeOf(doc, nodeId) ? { ...doc, current: nodeId } : repaired(doc), { focus });
+  shelfPanel.close();
+  renderShelf();
+  return true;
+}
+
+const repaired = (doc) => (nodeOf(doc, doc.current) ? doc : { ...doc, current: rootOf(doc).id });
+
+const addressed = () => location.hash.slice(1).split("/");
+
+addEventListener("popstate", async () => {
+  const [id, node] = addressed();
+  if (!id || !(await openConversation(id, node, { push: false }))) reader.open(null);
+});
+
+async function importAll(results) {
+  for (const { file, doc, notes, problem } of results) {
+    if (problem) notify(`${file} was not imported: ${problem}.`, { kind: "error" });
+    else {
+      await library.save(doc);
+      await openConversation(doc.id);
+      notify([`Imported ${file}.`, ...notes].join(" "));
+    }
+  }
+}
+
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", async (event) => {
+  event.preventDefault();
+  importAll(await Promise.all([...event.dataTransfer.files].map(readFile)));
+});
+
+// --- the server -----------------------------------------------------------------------------------------------------------
+
+const connection = new Connection(async (state, before) => {
+  status.setConnection(state, connection.model);
+  renderShelf();
+  if (state === "away" && before === "ok") notify("The server does not answer. Everything you do is kept in this browser.", { topic: "server" });
+  if (state !== "ok") return;
+  dismiss("server");
+  if (before === "away") notify("The server is back.", { topic: "server" });
+  try {
+    const { name, limits } = (await server.model()) ?? {};
+    connection.model = name ?? connection.model;
+    status.setConnection(state, connection.model);
+    composer.limits = { ...composer.limits, ...limits };
+    composer.render();
+    await library.fetch();
+  } catch (error) {
+    if (error.status === 401) askForKey();
+    else if (!(error instanceof server.ServerError)) throw error;
+  }
+  await library.send();
+  sendPicks();
+});
+
+let asking = false;
+
+async function askForKey() {
+  if (asking) return;
+  asking = true;
+  const key = await askForText({ title: "This server asks for a key", label: "API key", type: "password", button: "Use it" });
+  asking = false;
+  if (!key) return;
+  server.apiKey.set(key);
+  connection.state = "unknown";
+  connection.check();
+}
+
+// --- begin --------------------------------------------------------------------------------------------------------------
+
+status.setConnection("unknown", "");
+const [id, node] = addressed();
+const opened = id && (await openConversation(id, node, { focus: false }));
+if (!opened) {
+  render();
+  composer.focus();
+}
+renderShelf();
+await connection.check();
+if (id && !opened) await openConversation(id, node, { focus: false });
+if (!store.kept) notify("This browser keeps nothing for this page: what the server does not get is lost when you leave.", { kind: "error" });

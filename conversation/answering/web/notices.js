@@ -1,0 +1,49 @@
+// What the page says: notices that one can see and act on, and a live region that screen readers read out.
+
+import { byId, h, icon } from "./dom.js";
+
+const STAYS = 9000; // milliseconds; not while the pointer or the focus is on it
+
+/** Read out by screen readers, not shown. */
+export function announce(text) {
+  const live = byId("live");
+  live.append(h("p", {}, text));
+  while (live.childElementCount > 12) live.firstElementChild.remove();
+}
+
+/** Shows a sentence; `action` is {label, run}; the same `topic` replaces an earlier notice; "error" stays until closed. */
+export function notify(text, { action = null, kind = "info", topic = null } = {}) {
+  const region = byId("notices");
+  for (const each of region.children) if (topic && each.dataset.topic === topic) each.remove();
+  const close = () => {
+    clearTimeout(timer);
+    notice.remove();
+  };
+  const act = () => {
+    close();
+    action.run();
+  };
+  const notice = h(
+    "div",
+    { class: `notice ${kind}`, "data-topic": topic },
+    h("p", {}, text),
+    action && h("button", { type: "button", on: { click: act } }, action.label),
+    h("button", { class: "close", type: "button", "aria-label": "Close this notice", on: { click: close } }, icon("close")),
+  );
+  let timer;
+  const start = () => {
+    clearTimeout(timer);
+    if (kind !== "error") timer = setTimeout(close, STAYS);
+  };
+  for (const event of ["mouseenter", "focusin"]) notice.addEventListener(event, () => clearTimeout(timer));
+  for (const event of ["mouseleave", "focusout"]) notice.addEventListener(event, start);
+  region.append(notice);
+  while (region.childElementCount > 3) region.firstElementChild.remove();
+  start();
+  announce(text);
+  return close;
+}
+
+export function dismiss(topic) {
+  for (const each of [...byId("notices").children]) if (each.dataset.topic === topic) each.remove();
+}
