@@ -14,7 +14,7 @@ import pytest
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
 from conversation_config import FUNCTION_GEMMA
 
-pytest_plugins = ["faults"]
+pytest_plugins = ["scripts_at_work"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLE = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"

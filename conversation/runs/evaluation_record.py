@@ -82,7 +82,7 @@ class Evaluation:
     finished: str
     seconds: float
     sets: dict[str, SetFigures]
-    held_out_losses: KindLosses
+    question_losses: KindLosses
     training_losses: KindLosses | None
     notes: tuple[str, ...]
     answers: tuple[EvaluatedAnswer, ...]

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 
 import pytest
-from faults import adapters, finished, leftovers, small_disk, some_record, without_the_right_to_write_anywhere
+from faults import small_disk, without_the_right_to_write_anywhere
+from records import some_record
+from scripts_at_work import adapters, finished, leftovers
 
 from conversation.errors import UserError
 from conversation.models.weights import adapter_bytes

@@ -9,7 +9,17 @@ from dataclasses import replace
 
 import pytest
 from conftest import LEARNS
-from faults import adapters, finished, home_with_base, leftovers, new_retrain, published, resumed_retrain, start, until
+from scripts_at_work import (
+    adapters,
+    finished,
+    home_with_base,
+    leftovers,
+    new_retrain,
+    published,
+    resumed_retrain,
+    start,
+    until,
+)
 
 from conversation.runs.folder import RunFolder
 
@@ -126,7 +136,7 @@ def test_a_merge_that_is_killed_leaves_nothing_under_the_final_name_and_is_done_
     first.kill()
     assert part.exists() and not run.merged_model.exists()
     status, output = finished(MERGE, "--run_dir", run.path, "--resume", output=tmp_path / "out")
-    assert status == 0 and "merged again" in output and not leftovers(run.path)
+    assert status == 0 and "Merging, as " in output and not leftovers(run.path)
     after = run.read().merge.files
     assert after["model.safetensors"] == before["model.safetensors"]
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import LEARNS, PROJECT
-from faults import Retrain, die_at, finished_attempt, home_with_base, published, some_record
+from faults import die_at
+from records import finished_attempt, some_record
+from scripts_at_work import Retrain, home_with_base, published
 
 from conversation.errors import UserError
 from conversation.runs import files, lock, publishing, report

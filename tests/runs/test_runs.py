@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import PROJECT
-from faults import finished_attempt, some_record
+from records import finished_attempt, some_record
 
 from conversation.errors import UserError
 from conversation.runs import console, files, folder, lock, machine, publishing, report

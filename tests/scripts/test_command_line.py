@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 from conftest import PROJECT, easy_lines, run_script
-from faults import some_record
+from records import some_record
 
 from conversation.data.examples import to_jsonl
 from conversation.errors import CommandLine
