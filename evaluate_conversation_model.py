@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
+from conversation.answering.decoding import METHODS
 from conversation.data.examples import read_jsonl
 from conversation.data.questions import read_held_out
 from conversation.errors import CommandLine, UserError, run_main
@@ -33,7 +34,7 @@ from conversation.runs.lock import locked_folder
 from conversation.runs.report import write_report
 from conversation_config import EVALUATION_QUESTIONS, set_up_libraries
 
-DECODINGS = ("greedy", "constrained", "contrast", "best_of_n")
+DECODINGS = [method for method in METHODS if method != "sampled"]  # sampled answers are asked for beside it
 SHORT = 4  # a short evaluation asks every fourth pair of a root question and a follow-up
 
 

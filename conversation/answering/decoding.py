@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from conversation.answering.scoring import scores
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.tokenizer import encode_prompt
@@ -22,6 +21,9 @@ from conversation_config import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Method = Literal["greedy", "sampled", "constrained", "contrast", "best_of_n"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 PROMPTS_AT_A_TIME = 50
 
@@ -34,7 +36,7 @@ class Decoding:
     (1 + a) log p(token | question) - a log p(token | neutral question); `n` the number of answers to choose from.
     """
 
-    method: Literal["greedy", "sampled", "constrained", "contrast", "best_of_n"]
+    method: Method
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 0
@@ -43,7 +45,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.method not in ("greedy", "sampled", "constrained", "contrast", "best_of_n"):
+        if self.method not in METHODS:
             problems.append(f"unknown method {self.method!r}")
         if not 0 < self.temperature < math.inf:
             problems.append(f"the temperature must be greater than 0, not {self.temperature}")
@@ -127,6 +129,7 @@ def _within_the_grammar(
     import torch
 
     from conversation.answering.constrained import Draw, Writer
+    from conversation.answering.scoring import scores
 
     writer = Writer(model, tokenizer, prompt, decoding.strength if decoding.method == "contrast" else 0.0)
     if decoding.method != "best_of_n":

@@ -44,7 +44,7 @@ class SetFigures:
     breaks: dict[str, int]
     equal_fragments: float | None
     fragments_without_news: float | None
-    distinct_follow_ups: float | None
+    distinct_follow_ups: float | None  # the share of all answers; an invalid one is not distinct
     distinct_2: float | None
     stock_only: float | None
     commonest_confidences: float | None

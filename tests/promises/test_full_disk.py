@@ -63,18 +63,6 @@ def test_a_disk_that_fills_up_in_the_merge_leaves_the_old_model_or_none(trained,
     assert files.file_hashes(run.merged_model) == before and not leftovers(run.path)
 
 
-def test_disk_space_is_checked_beforehand_and_how_much_is_missing_is_reported(tmp_path, flags, trained, monkeypatch):
-    with small_disk(tmp_path / "disk", 1_500_000) as disk:
-        if disk:
-            status, output = finished(TRAIN, "--run_dir", disk.folder / "run", *flags, output=tmp_path / "out")
-            assert status == 2 and "training and the merged model after it needs" in output and "hint: free " in output
-            assert os.listdir(disk.folder) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 1000))
-    with pytest.raises(UserError, match="needs") as caught:
-        files.check_disk_space(tmp_path, 5_000_000, "training")
-    assert "5.0 MB" in str(caught.value) and "free 5.0 MB there" in caught.value.hint
-
-
 def test_the_disk_space_that_is_asked_for_is_what_a_run_takes(untouched, tiny_folder):
     run = RunFolder(untouched)
     size = (run.final_lora / "adapter_model.safetensors").stat().st_size
