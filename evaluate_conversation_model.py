@@ -21,19 +21,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
+from conversation.answering.decoding import METHODS
 from conversation.data.examples import read_jsonl
 from conversation.data.questions import read_held_out
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.comparison import comparison_table, draw_comparison, figures_table
 from conversation.runs.console import logged_console
 from conversation.runs.evaluation_record import Evaluation, read_evaluation, write_evaluation
-from conversation.runs.files import find_damage, shown
-from conversation.runs.folder import RunFolder, named_run
+from conversation.runs.files import shown
+from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.report import write_report
 from conversation_config import EVALUATION_QUESTIONS, add_device_flag, set_up_libraries
 
-DECODINGS = ("greedy", "constrained", "contrast", "best_of_n")
+DECODINGS = [method for method in METHODS if method != "sampled"]  # sampled answers are asked for beside it
 SHORT = 4  # a short evaluation asks every fourth pair of a root question and a follow-up
 
 
@@ -51,14 +52,15 @@ def main() -> int:
         write_evaluation(evaluation, args.output)
         print(f"\n{figures_table({folder.name: evaluation})}\nWritten: {shown(args.output)}")
         return 0
-    run = named_run(args.run_dir)
+    run = chosen_run(args.run_dir)
     record = run.read()
-    if not record.merge:
-        raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
-    if damage := find_damage(run.merged_model, record.merge.files):
-        raise UserError(f"the merged model is not the one that was verified: {damage}", "merge it again")
-    if args.resume and is_evaluated(run):
+    run.check_merged(record)
+    reason = why_evaluate_again(run) if args.resume else ""
+    if reason is None:
+        print("The model is evaluated already.")
         return 0
+    if reason:
+        print(f"Evaluating, as {reason}.")
     with locked_folder(run.path), logged_console(run.console_log):  # published or not: an evaluation is added
         fingerprint = record.base_model.tokenizer_fingerprint
         evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
@@ -84,15 +86,12 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def is_evaluated(run: RunFolder) -> bool:
+def why_evaluate_again(run: RunFolder) -> str | None:
+    """The reason to evaluate on --resume; None when there is an evaluation that can be read."""
     try:
-        found = read_evaluation(run.evaluation) is not None
+        return None if read_evaluation(run.evaluation) else "the model has not been evaluated yet"
     except UserError as error:
-        print(f"The model is evaluated again: {error}")
-        return False
-    if found:
-        print("The model is evaluated already.")
-    return found
+        return str(error)
 
 
 def evaluate(

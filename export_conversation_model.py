@@ -39,7 +39,7 @@ from conversation.runs.files import (
     size,
     write_atomically,
 )
-from conversation.runs.folder import RunFolder, named_run
+from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.record import RunRecord
 from conversation.runs.report import write_report
@@ -61,7 +61,7 @@ def main() -> int:
         return 0
     if args.model:
         return export(args, args.model.resolve(), args.output or args.model.resolve().parent / "gguf", None, None)
-    run = named_run(args.run_dir)
+    run = chosen_run(args.run_dir)
     record = run.read()
     if not record.merge:
         raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")

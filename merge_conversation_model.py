@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from conversation.data.examples import read_jsonl
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.files import check_disk_space, find_damage, shown
-from conversation.runs.folder import RunFolder, named_run
+from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.record import RunRecord
 from conversation.runs.report import write_report
 from conversation_config import add_device_flag, set_up_libraries
@@ -34,23 +34,26 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="do nothing if the merged model is intact")
     add_device_flag(parser)
     args = parser.parse_args()
-    run = named_run(args.run_dir)
+    run = chosen_run(args.run_dir)
     with run.at_work() as record:
-        if not (args.resume and is_merged(run, record)):
+        reason = why_merge_again(run, record) if args.resume else ""
+        if reason is None:
+            print("The model is merged and verified already.")
+        else:
+            if reason:
+                print(f"Merging, as {reason}.")
             merge(run, record, args.base_model or record.base_model.name, args.device)
         write_report(run)  # always: an earlier process may have ended between record and report
     return 0
 
 
-def is_merged(run: RunFolder, record: RunRecord) -> bool:
-    """Whether the merged model is intact and made from the adapters of the training."""
+def why_merge_again(run: RunFolder, record: RunRecord) -> str | None:
+    """The reason to merge on --resume; None when the merged model is intact and made from the training's adapters."""
     if not record.merge or not record.training:
-        return False
-    problem = find_damage(run.merged_model, record.merge.files)
+        return "there is no merged model yet"
     if record.merge.adapter_files != record.training.adapter_files:
-        problem = "it was merged from other adapters"
-    print(f"The model is merged again: {problem}" if problem else "The model is merged and verified already.")
-    return problem is None
+        return "the merged model is made from other adapters"
+    return find_damage(run.merged_model, record.merge.files)
 
 
 def merge(run: RunFolder, record: RunRecord, base_model: str, device: str | None) -> None:

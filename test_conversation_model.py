@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from conversation.data.questions import read_questions
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
 from conversation.runs.files import find_damage, shown
-from conversation.runs.folder import RunFolder, named_run
+from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.record import AnswersReport, RunRecord
 from conversation.runs.report import write_report
 from conversation_config import HELD_OUT_QUESTIONS, add_device_flag, set_up_libraries
@@ -39,37 +39,41 @@ def main() -> int:
     add_device_flag(parser)
     args = parser.parse_args()
     if args.model:
-        return status_of(ask(args.model.resolve(), args.questions, args.device))
-    run = named_run(args.run_dir)
+        check_passed(ask(args.model.resolve(), args.questions, args.device))
+        return 0
+    run = chosen_run(args.run_dir)
     record = run.read()
     if run.is_published(record):
         print(f"{shown(run.path)} is published: the test changes nothing in it.")
-        return status_of(ask_run(run, record, args.questions, args.device))
+        check_passed(ask_run(run, record, args.questions, args.device))
+        return 0
     with run.at_work() as record:
-        if args.resume and has_passed(run, record):
+        reason = why_test_again(run, record) if args.resume else ""
+        if reason is None:
+            print("The model has passed its tests already.")
             write_report(run)  # an earlier process may have ended between record and report
             return 0
+        if reason:
+            print(f"Testing, as {reason}.")
         tests = ask_run(run, record, args.questions, args.device)
         run.write(replace(record, structural_tests=run.write_tests(tests)))
         write_report(run)
-        return status_of(tests)
+        check_passed(tests)
+    return 0
 
 
-def has_passed(run: RunFolder, record: RunRecord) -> bool:
-    """Whether this model has passed its tests and their file is intact."""
-    if not record.structural_tests or not record.structural_tests.passed:
-        return False
-    damage = find_damage(run.path, record.structural_tests.files)
-    print(f"The model is tested again: {damage}" if damage else "The model has passed its tests already.")
-    return damage is None
+def why_test_again(run: RunFolder, record: RunRecord) -> str | None:
+    """The reason to test on --resume; None when this model has passed its tests and their file is intact."""
+    if not record.structural_tests:
+        return "the model has not been tested yet"
+    if not record.structural_tests.passed:
+        return "the model failed a test"
+    return find_damage(run.path, record.structural_tests.files)
 
 
 def ask_run(run: RunFolder, record: RunRecord, questions_file: Path, device: str | None) -> AnswersReport:
     """Ask the merged model of a run. Raises UserError unless it is the model that the merge verified."""
-    if not record.merge:
-        raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
-    if damage := find_damage(run.merged_model, record.merge.files):
-        raise UserError(f"the merged model is not the one that was verified: {damage}", "merge it again")
+    run.check_merged(record)
     return ask(run.merged_model, questions_file, device, record.base_model.tokenizer_fingerprint)
 
 
@@ -89,15 +93,14 @@ def ask(
     return run_tests(partial(generate_answers, model, tokenizer), tokenizer, questions)
 
 
-def status_of(report: AnswersReport) -> int:
-    """0 when all structural tests passed. Raises UserError that names the failed ones."""
+def check_passed(report: AnswersReport) -> None:
+    """Raises UserError (status 1) that names the failed structural tests."""
     if failed := [test.name for test in report.tests if not test.passed]:
         raise UserError(
             f"{len(failed)} of {len(report.tests)} structural tests failed: {', '.join(failed)}",
             "the first error is marked above and in the report; train longer, or anew with a higher --learning_rate",
             TRIED_AND_FAILED,
         )
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from conversation.data.examples import to_jsonl
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.files import find_damage, shown, write_atomically
-from conversation.runs.folder import RunFolder, named_run, new_run_folder
+from conversation.runs.folder import RunFolder, chosen_run, new_run_folder
 from conversation.runs.machine import is_first_process
 from conversation.runs.publishing import attempt_to_resume, begin_attempt, bytes_of_attempts
 from conversation.runs.record import RunRecord, changes_on_resume
@@ -107,7 +107,7 @@ def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
 
     if args.attempt:
         return attempt_to_resume()
-    return RunFolder(Path(decided_by_first(str(named_run(args.run_dir).path))))
+    return RunFolder(Path(decided_by_first(str(chosen_run(args.run_dir).path))))
 
 
 def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:

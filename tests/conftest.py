@@ -14,10 +14,10 @@ import pytest
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
 from conversation_config import FUNCTION_GEMMA
 
-pytest_plugins = ["faults"]
+pytest_plugins = ["scripts_at_work"]
 
 PROJECT = Path(__file__).resolve().parent.parent
-INPUTS = PROJECT / "tests" / "inputs"  # small inputs that failed once, and lines of the original data
+INPUTS = PROJECT / "tests" / "inputs"  # small inputs that failed once, and lines with hard contents
 MORE_LINES = PROJECT.parent / "shared" / "data" / "conversation_sample_300.jsonl"
 TREES = PROJECT / "data" / "conversation_trees"
 
@@ -40,7 +40,7 @@ def own_examples():
 
 @pytest.fixture(scope="session")
 def real_lines(own_examples) -> list[str]:
-    """Training lines to round-trip: the project's own, and the hardest of the original's.
+    """Training lines to round-trip: those of the project's trees, and lines with what is hard to parse.
 
     More of these where a sample lies beside the checkout.
     """

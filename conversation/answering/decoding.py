@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from conversation.answering.constrained import Draw
+
+Method = Literal["greedy", "sampled", "constrained", "drawn", "contrast", "best_of_n"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 PROMPTS_AT_A_TIME = 50
 NEUTRAL_QUESTION = "Tell me something."
@@ -39,7 +42,7 @@ class Decoding:
     (1 + a) log p(token | question) - a log p(token | neutral question); `n` the number of answers to choose from.
     """
 
-    method: Literal["greedy", "sampled", "constrained", "drawn", "contrast", "best_of_n"]
+    method: Method
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 0
@@ -48,7 +51,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.method not in get_args(get_type_hints(Decoding)["method"]):
+        if self.method not in METHODS:
             problems.append(f"unknown method {self.method!r}")
         if not 0 < self.temperature < math.inf:
             problems.append(f"the temperature must be greater than 0, not {self.temperature}")

@@ -78,7 +78,7 @@ def evaluate(
         finished=now(),
         seconds=round(time.monotonic() - started, 1),
         sets=sets,
-        held_out_losses=scorer.losses_by_kind(held_out),
+        question_losses=scorer.losses_by_kind(held_out),
         training_losses=scorer.losses_by_kind(training[:: max(1, len(training) // len(cases))][: len(cases)])
         if training
         else None,

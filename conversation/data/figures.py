@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from conversation.data.core import only_stock
-from conversation.format.calls import Answer, repeated
+from conversation.format.calls import Answer
 
 FUNCTION_WORDS = frozenset(
     """a about after all also an and any are as at be because been before being both but by can could did do does done
@@ -53,15 +53,6 @@ def fragments_without_news(answers: Sequence[Answer]) -> float | None:
         for answer in answers
         for i, fragment in enumerate(answer.fragments)
         if i > 0
-    )
-
-
-def distinct_follow_ups(answers: Sequence[Answer]) -> float | None:
-    """The share of answers whose three follow-ups differ in text and in target."""
-    return share(
-        not repeated(each.text for each in answer.follow_ups)
-        and not repeated(each.target for each in answer.follow_ups)
-        for answer in answers
     )
 
 

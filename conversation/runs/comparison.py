@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from conversation.errors import UserError
 from conversation.runs.evaluation_record import Evaluation, SetFigures, read_evaluation
 from conversation.runs.files import shown, write_atomically
 from conversation.runs.folder import RunFolder
-from conversation.runs.record import RunRecord
+from conversation.runs.record import TrainingResult
 
 NAMES = {
     "valid": "valid answers",
@@ -50,7 +50,7 @@ def figures_table(evaluations: Mapping[str, Evaluation]) -> str:
         [f"loss of {kind.replace('_', '-')}, nats a token", *(_losses(each, kind) for each in evaluations.values())]
         for kind in LOSSES
     ]
-    return f"{table}\n\n{_markdown(['held out / training', *evaluations], losses)}"
+    return f"{table}\n\n{_markdown(['evaluation questions / training examples', *evaluations], losses)}"
 
 
 def comparison_table(runs: Sequence[RunFolder]) -> str:
@@ -62,7 +62,8 @@ def comparison_table(runs: Sequence[RunFolder]) -> str:
     settings = [spec.name for spec in dataclasses.fields(next(iter(records.values())).config)]
     different = [name for name in settings if len({getattr(r.config, name) for r in records.values()}) > 1]
     rows = [[f"--{name}", *(str(getattr(r.config, name)) for r in records.values())] for name in different]
-    rows += [[text, *(_result(record, field, form) for record in records.values())] for text, field, form in RESULTS]
+    results = [record.training for record in records.values()]
+    rows += [[text, *(form(result) if result else "-" for result in results)] for text, form in RESULTS.items()]
     parts = [_markdown(["", *records], rows)]
     evaluations = _evaluations(runs)
     if evaluations:
@@ -78,23 +79,16 @@ def _evaluations(runs: Sequence[RunFolder]) -> dict[str, Evaluation]:
     return {shown(run.path): each for run in merged if (each := read_evaluation(run.evaluation))}
 
 
-RESULTS = (
-    ("training loss, last window", "last_window_loss", ".4f"),
-    ("held-out loss", "held_out_loss", ".4f"),
-    ("optimizer steps", "steps", "d"),
-    ("minutes", "seconds", "minutes"),
-)
-
-
-def _result(record: RunRecord, field: str, form: str) -> str:
-    value = getattr(record.training, field) if record.training else None
-    if value is None:
-        return "-"
-    return f"{value / 60:.1f}" if form == "minutes" else format(value, form)
+RESULTS: dict[str, Callable[[TrainingResult], str]] = {
+    "training loss, last window": lambda result: f"{result.last_window_loss:.4f}",
+    "held-out loss": lambda result: "-" if result.held_out_loss is None else f"{result.held_out_loss:.4f}",
+    "optimizer steps": lambda result: str(result.steps),
+    "minutes": lambda result: f"{result.seconds / 60:.1f}",
+}
 
 
 def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Shares by set of questions, and losses by kind of token on held-out and training examples, as a PNG."""
+    """Shares by set of questions, and losses by kind of token on those questions and on training examples, as a PNG."""
     _draw({"": evaluation}, path)
 
 
@@ -122,7 +116,7 @@ def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
     shares.set(xlim=(0, 1.12), xlabel="share", title="what the model says and knows")
     values = {}
     for name, each in evaluations.items():
-        values[f"{name} held out".strip()] = [getattr(each.held_out_losses, kind) for kind in LOSSES]
+        values[f"{name} questions".strip()] = [getattr(each.question_losses, kind) for kind in LOSSES]
         if each.training_losses:
             values[f"{name} training".strip()] = [getattr(each.training_losses, kind) for kind in LOSSES]
     _grouped_bars(losses, [kind.replace("_", "-") for kind in LOSSES], values, "{:.2f}")
@@ -154,12 +148,8 @@ def _breaks(figures: SetFigures) -> str:
 
 
 def _losses(evaluation: Evaluation, kind: str) -> str:
-    training = evaluation.training_losses
-    return (
-        f"{getattr(evaluation.held_out_losses, kind):.2f} / {getattr(training, kind):.2f}"
-        if training
-        else (f"{getattr(evaluation.held_out_losses, kind):.2f} / -")
-    )
+    losses = (evaluation.question_losses, evaluation.training_losses)
+    return " / ".join(f"{getattr(each, kind):.2f}" if each else "-" for each in losses)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -44,7 +44,7 @@ class SetFigures:
     breaks: dict[str, int]
     equal_fragments: float | None
     fragments_without_news: float | None
-    distinct_follow_ups: float | None
+    distinct_follow_ups: float | None  # the share of all answers; an invalid one is not distinct
     distinct_2: float | None
     stock_only: float | None
     commonest_confidences: float | None
@@ -82,7 +82,7 @@ class Evaluation:
     finished: str
     seconds: float
     sets: dict[str, SetFigures]
-    held_out_losses: KindLosses
+    question_losses: KindLosses
     training_losses: KindLosses | None
     notes: tuple[str, ...]
     answers: tuple[EvaluatedAnswer, ...]

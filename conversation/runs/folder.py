@@ -13,7 +13,6 @@ of the files that later stages use. A changed bit is found before it does harm.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import shutil
@@ -36,7 +35,7 @@ from conversation.runs.files import (
 )
 from conversation.runs.lock import LOCK_FILE, locked_folder
 from conversation.runs.machine import is_first_process
-from conversation.runs.record import AnswersReport, AnswersResult, RunRecord, from_json, now
+from conversation.runs.record import AnswersReport, AnswersResult, RunRecord
 from conversation_config import TRAINING_RUNS
 
 ATTEMPTS = "attempts"
@@ -177,6 +176,13 @@ class RunFolder:
         """Whether the run has its final name. An attempt stopped during its publication does not."""
         return record.published is not None and not self.is_attempt
 
+    def check_merged(self, record: RunRecord) -> None:
+        """Raises UserError unless the merged model is there, and is the one that the merge verified."""
+        if not record.merge:
+            raise UserError(f"there is no merged model in {shown(self.path)}", "merge it: merge_conversation_model.py")
+        if damage := find_damage(self.merged_model, record.merge.files):
+            raise UserError(f"the merged model is not the one that was verified: {damage}", "merge it again")
+
     # --- its other files ---
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -198,21 +204,14 @@ class RunFolder:
         """structural_tests.json. Raises UserError when it is missing or broken."""
         value = read_json(self.structural_tests)
         try:
-            return from_json(AnswersReport, {name: value.get(name) for name in ("tests", "held_out")})
+            return AnswersReport.from_json(value)
         except ValueError as error:
             raise UserError(f"{self.structural_tests} is broken: {error}", "test the model again") from None
 
     def write_tests(self, report: AnswersReport) -> AnswersResult:
         """Write structural_tests.json; return its summary for run.json."""
-        counts: dict[str, Any] = {
-            "passed": all(test.passed for test in report.tests),
-            "passed_tests": sum(test.passed for test in report.tests),
-            "held_out_questions": len(report.held_out),
-            "held_out_valid": sum(asked.passed for asked in report.held_out),
-            "held_out_distinct": sum(asked.distinct_choices for asked in report.held_out),
-            "finished": now(),
-        }
-        write_json(self.structural_tests, {**counts, **dataclasses.asdict(report)})
+        counts = report.counts()
+        write_json(self.structural_tests, report.to_json(counts))
         return AnswersResult(**counts, files={self.structural_tests.name: sha256_file(self.structural_tests)})
 
     # --- working in it ---
@@ -264,6 +263,6 @@ def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
     return RunFolder(max(found, key=lambda path: path.stat().st_mtime).parent.resolve())
 
 
-def named_run(run_dir: Path | None) -> RunFolder:
+def chosen_run(run_dir: Path | None) -> RunFolder:
     """The run that `--run_dir` names; without the flag, the newest."""
     return RunFolder(run_dir.resolve()) if run_dir else newest_run()

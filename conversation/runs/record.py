@@ -216,6 +216,26 @@ class AnswersReport:
     tests: tuple[AskedQuestion, ...]
     held_out: tuple[AskedQuestion, ...]
 
+    def counts(self) -> dict[str, Any]:
+        """The fields of AnswersResult but for `files`."""
+        return {
+            "passed": all(test.passed for test in self.tests),
+            "passed_tests": sum(test.passed for test in self.tests),
+            "held_out_questions": len(self.held_out),
+            "held_out_valid": sum(asked.passed for asked in self.held_out),
+            "held_out_distinct": sum(asked.distinct_choices for asked in self.held_out),
+            "finished": now(),
+        }
+
+    def to_json(self, counts: dict[str, Any]) -> dict[str, Any]:
+        """The object in structural_tests.json: the counts, for a reader, then the questions."""
+        return {**counts, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> AnswersReport:
+        """Raises ValueError that names the wrong keys. The counts are not read: run.json has them."""
+        return from_json(AnswersReport, {name: value.get(name) for name in ("tests", "held_out")})
+
 
 # --- the record -----------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def _evaluation(run: RunFolder, record: RunRecord) -> list[str]:
     if evaluation is None:
         return []
     draw_evaluation(evaluation, run.evaluation_plot)
-    asked = f"{len(evaluation.answers)} held-out questions, {evaluation.decoding} decoding"
+    asked = f"{len(evaluation.answers)} questions of the evaluation, {evaluation.decoding} decoding"
     return [
         "## What the answers are worth",
         f"{asked}, in {evaluation.seconds / 60:.1f} minutes. The answers are in `evaluation.json`.",

@@ -74,7 +74,7 @@ def shared_prefix_loss(model: nn.Module, tree: PrefixTree) -> Tensor:
     if causal_lm.config._attn_implementation != ATTENTION_NAME:
         raise ValueError("call use_shared_prefix_attention(model) before shared_prefix_loss")
     head = causal_lm.get_output_embeddings()
-    hidden = _hidden_states(model, tree).index_select(0, tree.predicting.to(head.weight.device))
+    hidden = hidden_states(model, tree).index_select(0, tree.predicting.to(head.weight.device))
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
     return SummedCrossEntropy.apply(hidden, head.weight, tree, softcap)
 
@@ -84,7 +84,7 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def _hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
+def hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
     """The decoder's output for each packed token, [T, width].
 
     The forward of the outermost module runs, so that wrappers do their work. It computes the logits of no token.

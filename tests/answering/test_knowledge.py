@@ -1,10 +1,13 @@
 """What a model holds likely is what its plain forward pass says; the figures find the right answer when it is there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import easy_lines
+from tokenizers import pre_tokenizers
 
-from conversation.answering import knowledge
+from conversation.answering import knowledge, token_losses
 from conversation.answering.token_losses import label_log_probabilities
 from conversation.data.questions import HeldOutCase
 from conversation.format.calls import Answer, Example, FollowUp, Prompt
@@ -101,15 +104,39 @@ def test_the_five_candidates_are_five_answers_whatever_the_size_of_the_set(size)
         assert five[0] is case and len({other.topic for other in five}) == knowledge.CANDIDATES
 
 
-def test_expected_confidences_are_read_at_the_digit_of_the_tenths(loaded):
-    model, tokenizer = loaded
-    found = knowledge.Scorer(model, tokenizer).expected_confidences(cases(3))
-    assert len(found) == 3 and all(len(each) == 3 and all(0.05 <= value <= 0.95 for value in each) for each in found)
+def test_expected_confidences_are_read_at_the_digit_of_the_tenths(tiny_folder, monkeypatch):
+    tokenizer = load_tokenizer(tiny_folder)  # as in Gemma, each digit becomes a token of its own
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [tokenizer.backend_tokenizer.pre_tokenizer, digits]
+    )
+    zero, point = (encode(tokenizer, [text])[0] for text in "0.")
+
+    def sure_of_seven(model, sequences, digits):
+        """Every tenth is a 7; every other token, if it is a digit, is a 2."""
+        found = []
+        for sequence in sequences:
+            labels = [i for i, is_label in enumerate(sequence.is_label) if is_label]
+            rows = torch.full((len(labels), 11), -torch.inf)
+            for row, i in enumerate(labels):
+                rows[row, 1 + (7 if sequence.ids[i - 2 : i] == (zero, point) else 2)] = 0.0
+            found.append(rows)
+        return found
+
+    monkeypatch.setattr(knowledge, "label_log_probabilities", sure_of_seven)
+    assert knowledge.Scorer(None, tokenizer).expected_confidences(cases(3)) == [(0.75, 0.75, 0.75)] * 3
 
 
-def test_an_example_without_a_repeated_sequence_is_computed_once(loaded):
+def test_an_example_given_twice_is_computed_once(loaded, monkeypatch):
     model, tokenizer = loaded
+    plain, computed = token_losses._of_group, []
+
+    def counting(model, group, candidates):
+        computed.extend(group)
+        return plain(model, group, candidates)
+
+    monkeypatch.setattr(token_losses, "_of_group", counting)
     example = Example(Prompt("Why?"), easy_lines()[0].answer)
-    both = knowledge.Scorer(model, tokenizer).losses_by_kind([example, example])
-    assert both == knowledge.Scorer(model, tokenizer).losses_by_kind([example, example])
-    assert both.examples == 2
+    scorer = knowledge.Scorer(model, tokenizer)
+    once, twice = scorer.losses_by_kind([example]), scorer.losses_by_kind([example, example])
+    assert len(computed) == 2 and twice == replace(once, examples=2)

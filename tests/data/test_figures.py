@@ -18,7 +18,6 @@ def test_shares():
     answers = [answer("A lock.", "A lock.", "Its owner waits."), answer("A queue.", "It is like a queue.")]
     assert figures.equal_fragments(answers) == pytest.approx(1 / 5)
     assert figures.fragments_without_news(answers) == pytest.approx(2 / 3)
-    assert figures.distinct_follow_ups([answer("A."), answer("A.", texts=("Why?", "why?", "How?"))]) == 0.5
     assert figures.stock_only([answer("A."), answer("A.", texts=STOCK)]) == 0.5
     assert figures.commonest_confidences([answer("A."), answer("B."), answer("C.", numbers=("0.4", "0.3", "0.2"))]) == (
         pytest.approx(2 / 3)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import TOOLS, current_umask, easy_lines, messages_of, run_script
-from faults import some_record
+from records import some_record
 from safetensors.torch import load_file, save_file
 
 from conversation.errors import UserError
@@ -99,6 +99,22 @@ def test_a_folder_beside_the_tokenizer_is_not_copied_and_does_not_stop_the_merge
     (base / "tokenizer_gone.json").symlink_to("nowhere")
     merging.merge(base, adapters, tmp_path / "merged", PROMPTS[:1], {})
     assert not (tmp_path / "merged" / "tokenizer_old").exists()
+
+
+def test_merging_and_testing_use_the_device_of_the_training(tmp_path, tiny_folder, adapters, monkeypatch):
+    asked = []
+
+    def to(module, *arguments, **options):
+        asked.append(arguments)
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    for each in (merging, merged_model):
+        monkeypatch.setattr(each, "training_device", lambda: "cuda")
+    merging.merge(tiny_folder, adapters, tmp_path / "merged", PROMPTS[:1], {})
+    assert asked.count(("cuda",)) == 2  # base and adapters; the model read back
+    merged_model.load_verified(tmp_path / "merged")
+    assert asked.count(("cuda",)) == 3
 
 
 def spoil(folder, change):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import easy_lines
-from faults import adapters, finished
+from scripts_at_work import adapters, finished
 
 from conversation.errors import UserError
 from conversation.runs.folder import RunFolder

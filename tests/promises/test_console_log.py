@@ -4,7 +4,8 @@ import re
 import sys
 
 import pytest
-from faults import finished, finished_attempt, start
+from records import finished_attempt
+from scripts_at_work import finished, start
 
 from conversation.errors import UserError
 from conversation.runs import console, publishing

@@ -6,7 +6,8 @@ import signal
 import time
 
 import pytest
-from faults import no_file_larger_than, until
+from faults import no_file_larger_than
+from scripts_at_work import until
 
 from conversation.errors import UserError
 from conversation.models import model_cache, stand_in

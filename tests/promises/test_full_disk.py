@@ -6,7 +6,9 @@ import shutil
 import subprocess
 
 import pytest
-from faults import adapters, finished, leftovers, small_disk, some_record, without_the_right_to_write_anywhere
+from faults import small_disk, without_the_right_to_write_anywhere
+from records import some_record
+from scripts_at_work import adapters, finished, leftovers
 
 from conversation.errors import UserError
 from conversation.models.weights import adapter_bytes
@@ -59,18 +61,6 @@ def test_a_disk_that_fills_up_in_the_merge_leaves_the_old_model_or_none(trained,
     status, output = finished(MERGE, "--run_dir", run.path, output=tmp_path / "out", faults=faults)
     assert status == 1 and "error: cannot write " in output, output
     assert files.file_hashes(run.merged_model) == before and not leftovers(run.path)
-
-
-def test_disk_space_is_checked_beforehand_and_how_much_is_missing_is_reported(tmp_path, flags, trained, monkeypatch):
-    with small_disk(tmp_path / "disk", 1_500_000) as disk:
-        if disk:
-            status, output = finished(TRAIN, "--run_dir", disk.folder / "run", *flags, output=tmp_path / "out")
-            assert status == 2 and "training and the merged model after it needs" in output and "hint: free " in output
-            assert os.listdir(disk.folder) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 1000))
-    with pytest.raises(UserError, match="needs") as caught:
-        files.check_disk_space(tmp_path, 5_000_000, "training")
-    assert "5.0 MB" in str(caught.value) and "free 5.0 MB there" in caught.value.hint
 
 
 def test_the_disk_space_that_is_asked_for_is_what_a_run_takes(untouched, tiny_folder):

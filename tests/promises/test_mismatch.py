@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 from conftest import easy_lines
-from faults import finished, flip_bit
+from faults import flip_bit
+from scripts_at_work import finished
 
 from conversation.data.examples import to_jsonl
 from conversation.runs.files import file_hashes

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import LEARNS, PROJECT
-from faults import Retrain, die_at, finished_attempt, home_with_base, published, some_record
+from faults import die_at
+from records import finished_attempt, some_record
+from scripts_at_work import Retrain, finished, home_with_base, published
 
 from conversation.errors import UserError
 from conversation.runs import files, lock, publishing, report
@@ -241,6 +243,15 @@ def test_what_is_published_is_not_changed_by_a_script_run_by_hand(tmp_path):
         assert done.returncode == 2 and "is published: it can no longer change" in done.stderr, done.stderr
     after = {name: digest for name, digest in files.file_hashes(run).items() if name not in ("console.log", ".lock")}
     assert after == {name: digest for name, digest in before.items() if name not in ("console.log", ".lock")}
+
+
+def test_testing_a_published_run_asks_its_model_and_changes_nothing(trained, tmp_path):
+    run = RunFolder(trained)
+    run.write(replace(run.read(), published="2026-01-02T04:05:06+00:00"))
+    before = files.file_hashes(run.path)
+    status, output = finished("test_conversation_model.py", "--run_dir", run.path, output=tmp_path / "out")
+    assert status == 1 and "the test changes nothing in it" in output and "0 of 3 structural tests passed" in output
+    assert files.file_hashes(run.path) == before
 
 
 def test_the_example_in_the_repository_is_nobodys_newest_run(tmp_path):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 
 import psutil
-from faults import Retrain, adapters, finished, home_with_base, start, until
+from scripts_at_work import Retrain, adapters, finished, home_with_base, start, until
 
 from conversation.runs.files import file_hashes
 from conversation.runs.lock import locked_folder

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from faults import some_record
+from records import some_record
 from huggingface_hub import ModelCard
 
 from conversation.runs.folder import RunFolder

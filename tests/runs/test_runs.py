@@ -3,13 +3,14 @@
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 from conftest import PROJECT
-from faults import finished_attempt, some_record
+from records import finished_attempt, some_record
 
 from conversation.errors import UserError
 from conversation.runs import console, files, folder, lock, machine, publishing, report
@@ -167,16 +168,6 @@ def test_latest_is_corrected_after_a_stop_between_naming_and_pointing_and_only_t
     assert (tmp_path / "latest").resolve() == second.path.resolve()
 
 
-def test_a_new_attempt_cleans_earlier_attempts_and_nothing_else(tmp_path):
-    published = publishing.publish(finished_attempt(tmp_path), tmp_path)
-    (tmp_path / "by_hand").mkdir()
-    leftover = finished_attempt(tmp_path, passed=False)
-    os.rename(leftover.path, leftover.path.with_name("2020-01-01_00-00-00"))
-    attempt = publishing.begin_attempt(tmp_path, some_record())
-    assert [path.name for path in (tmp_path / "attempts").iterdir() if path.is_dir()] == [attempt.path.name]
-    assert published.path.exists() and (tmp_path / "by_hand").exists()
-
-
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -223,13 +214,6 @@ def test_the_second_in_a_folder_is_told_who_works_there(tmp_path):
     assert subprocess.run([sys.executable, "-c", LOCK + "pass", str(tmp_path)]).returncode == 0
 
 
-def test_the_lock_of_a_process_that_died_is_taken_over(tmp_path):
-    code = "import os; " + LOCK + "os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
-    with lock.locked_folder(tmp_path):
-        pass
-
-
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch, number):
     def without_locks(*arguments):
@@ -255,10 +239,14 @@ def test_the_console_is_logged_with_times_and_the_error(tmp_path, capsys):
     assert "a line" in capsys.readouterr().out
 
 
-def test_too_little_disk_space_is_reported_with_how_much_is_missing(tmp_path):
+def test_too_little_disk_space_is_reported_with_how_much_is_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs 1000000\.00 GB") as caught:
         files.check_disk_space(tmp_path / "not" / "made", 10**15, "training")
     assert caught.value.hint.startswith("free ")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 1000))
+    with pytest.raises(UserError, match=r"needs 5\.0 MB") as caught:
+        files.check_disk_space(tmp_path, 5_000_000, "training")
+    assert caught.value.hint == "free 5.0 MB there"
 
 
 @pytest.mark.parametrize("example", sorted((PROJECT / "training-runs" / "conversation").glob("example-*")))

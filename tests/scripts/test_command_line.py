@@ -9,14 +9,14 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 from conftest import PROJECT, easy_lines, run_script
-from faults import some_record
+from records import some_record
 
 from conversation.data.examples import to_jsonl
 from conversation.errors import CommandLine
 from conversation.runs.report import command_that_repeats
 from conversation_config import RECIPES, TrainingConfig, add_training_flags, resolve_settings
 
-SCRIPTS = ("train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py")
+SCRIPTS = ("train_conversation.py", *(f"{name}_conversation_model.py" for name in ("merge", "test", "evaluate")))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import run_script
-from faults import finished
+from scripts_at_work import finished
 
 from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.folder import RunFolder
@@ -28,7 +28,7 @@ def test_it_leaves_its_figures_and_answers_a_plot_and_a_section_of_the_report(ev
     assert evaluation.model == evaluated.path.name == "run"
     assert evaluation.short and len(evaluation.answers) == 26 and set(evaluation.sets) == {"known", "unseen", "all"}
     assert evaluation.sets["all"].questions == sum(evaluation.sets[name].questions for name in ("known", "unseen"))
-    assert evaluation.training_losses.examples == 26 and evaluation.held_out_losses.fragments > 0
+    assert evaluation.training_losses.examples == 26 and evaluation.question_losses.fragments > 0
     assert sum(not answer.history for answer in evaluation.answers) == 13
     for answer in evaluation.answers:
         assert answer.output and (answer.texts is None) == (answer.problem is not None) and not answer.sampled
@@ -93,7 +93,7 @@ def test_a_broken_evaluation_prevents_no_report_and_is_made_again(evaluated, tmp
     assert "Not shown: " in section and "evaluation.json" in section
     flags = ["--run_dir", copy.path, "--short", "--resume"]
     status, output = finished(EVALUATE, *flags, output=tmp_path / "again")
-    assert status == 0 and "evaluated again: " in output and "evaluation.json is broken" in output, output
+    assert status == 0 and f"Evaluating, as {copy.evaluation} is broken" in output, output
     assert read_evaluation(copy.evaluation).short and "Not shown" not in copy.report.read_text()
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import easy_lines, run_script, some_adapters
-from faults import finished, some_record
+from records import finished, some_record
 
 from conversation.answering import exporting
 from conversation.answering.engines import open_engine

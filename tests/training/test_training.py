@@ -13,14 +13,14 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import PROJECT, current_umask, easy_lines, run_script
+from conftest import PROJECT, current_umask, easy_lines, make_home, run_script
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conversation.data.examples import to_jsonl
 from conversation.models.tokenizer import EncodedExample
-from conversation.runs.files import sha256_file
+from conversation.runs.files import file_hashes, sha256_file, write_json
 from conversation.runs.folder import RunFolder
-from conversation.training.checkpoints import newest_intact_checkpoint
+from conversation.training.checkpoints import CHECKPOINT_HASHES, newest_intact_checkpoint
 from conversation.training.prefix_tree import TokenSequence
 from conversation.training.trainer import OptimizerStepBatches, token_sequence
 
@@ -40,52 +40,48 @@ def train(run_dir, base, data, *flags, **options):
 
 
 @pytest.fixture(scope="module")
-def easy_data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
-    path.write_bytes(to_jsonl(easy_lines()))
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_folder, easy_data):
+def eight_steps(tmp_path_factory, tiny_folder, easy_data):
     run = RunFolder(tmp_path_factory.mktemp("runs") / "run")
     done = train(run.path, tiny_folder, easy_data)
     assert done.returncode == 0, done.stderr
     return run
 
 
-def test_training_lowers_the_training_and_the_held_out_loss(trained):
-    result = trained.read().training
+def test_training_lowers_the_training_and_the_held_out_loss(eight_steps):
+    result = eight_steps.read().training
     assert result.last_window_loss < 0.8 * result.first_window_loss
     assert result.held_out_loss < 0.9 * result.held_out_loss_before
 
 
-def test_the_logged_loss_is_that_of_its_window_and_the_final_one_that_of_the_last(trained):
-    windows = [entry for entry in trained.read_metrics() if "loss" in entry]
+def test_the_logged_loss_is_that_of_its_window_and_the_final_one_that_of_the_last(eight_steps):
+    windows = [entry for entry in eight_steps.read_metrics() if "loss" in entry]
     assert [entry["step"] for entry in windows] == [2, 4, 6, 8]
-    assert trained.read().training.last_window_loss == windows[-1]["loss"]
+    assert eight_steps.read().training.last_window_loss == windows[-1]["loss"]
     assert all(entry["loss"] > 0 and math.isfinite(entry["grad_norm"]) for entry in windows)
 
 
-def test_a_windows_loss_is_the_mean_of_its_steps_and_of_no_others(trained, tmp_path, tiny_folder, easy_data):
+def test_a_windows_loss_is_the_mean_of_its_steps_and_of_no_others(eight_steps, tmp_path, tiny_folder, easy_data):
     done = train(tmp_path / "run", tiny_folder, easy_data, "--logging_steps", "1")
     assert done.returncode == 0, done.stderr
     steps = [entry["loss"] for entry in RunFolder(tmp_path / "run").read_metrics() if "loss" in entry]
-    windows = [entry["loss"] for entry in trained.read_metrics() if "loss" in entry]
+    windows = [entry["loss"] for entry in eight_steps.read_metrics() if "loss" in entry]
     assert windows == pytest.approx([(a + b) / 2 for a, b in zip(steps[::2], steps[1::2], strict=True)], rel=1e-4)
     assert len(set(steps)) == 8
 
 
-def test_the_run_folder_holds_what_the_run_was(trained, easy_data):
-    record = trained.read()
-    lines = trained.training_data.read_bytes() + trained.held_out_data.read_bytes()
+def test_the_run_folder_holds_what_the_run_was(eight_steps, easy_data):
+    record = eight_steps.read()
+    lines = eight_steps.training_data.read_bytes() + eight_steps.held_out_data.read_bytes()
     assert sorted(lines.splitlines()) == sorted(easy_data.read_bytes().splitlines())
-    assert record.data.training_sha256 == sha256_file(trained.training_data)
+    assert record.data.training_sha256 == sha256_file(eight_steps.training_data)
     assert record.config.learning_rate == 3e-3 and record.config.max_steps == 8
     assert record.environment.versions["torch"] and record.environment.machine["cores"]
     assert len(record.base_model.tokenizer_fingerprint) == 64
-    assert trained.loss_curve.read_bytes().startswith(b"\x89PNG") and "# Training run" in trained.report.read_text()
-    assert "held-out loss after step 8" in trained.console_log.read_text()
+    assert (
+        eight_steps.loss_curve.read_bytes().startswith(b"\x89PNG")
+        and "# Training run" in eight_steps.report.read_text()
+    )
+    assert "held-out loss after step 8" in eight_steps.console_log.read_text()
 
 
 def test_at_most_three_checkpoints_remain_each_with_its_hashes(tmp_path, tiny_folder, easy_data):
@@ -95,26 +91,27 @@ def test_at_most_three_checkpoints_remain_each_with_its_hashes(tmp_path, tiny_fo
     assert newest_intact_checkpoint(tmp_path / "run" / "checkpoints") == (found[-1], [])
 
 
-def test_the_adapters_are_fp32_on_every_projection(trained):
+def test_the_adapters_are_fp32_on_every_projection(eight_steps):
     from safetensors.torch import load_file
 
-    adapters = load_file(trained.final_lora / "adapter_model.safetensors")
+    adapters = load_file(eight_steps.final_lora / "adapter_model.safetensors")
     assert len(adapters) == 4 * 7 * 2  # layers, projections, two factors
     assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
 
 
-def test_a_second_run_does_not_eat_the_first(trained, tiny_folder, easy_data):
-    before = sha256_file(trained.run_json)
-    done = train(trained.path, tiny_folder, easy_data)
+def test_a_second_run_does_not_eat_the_first(eight_steps, tiny_folder, easy_data):
+    before = sha256_file(eight_steps.run_json)
+    done = train(eight_steps.path, tiny_folder, easy_data)
     assert done.returncode == 2 and "already contains a run" in done.stderr
-    assert sha256_file(trained.run_json) == before
+    assert sha256_file(eight_steps.run_json) == before
 
 
 @contextlib.contextmanager
-def two_processes(base, data, run_dir, *flags):
+def two_processes(base, data, run_dir, *flags, project=PROJECT):
     """What accelerate launch does for several devices; for several CPU processes it would want MPI."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", PROJECT / "train_conversation.py"]
-    launch += ["--base_model", base, "--training_data", data, "--run_dir", run_dir, *FLAGS, *flags]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", project / "train_conversation.py"]
+    launch += ["--base_model", base, "--training_data", data, *FLAGS, *(["--run_dir", run_dir] if run_dir else [])]
+    launch += flags
     launcher = subprocess.Popen(
         [sys.executable, *map(str, launch)],
         stdout=subprocess.PIPE,
@@ -130,7 +127,7 @@ def two_processes(base, data, run_dir, *flags):
         launcher.communicate()
 
 
-def test_two_processes_train_what_one_trains(trained, tmp_path, tiny_folder, easy_data):
+def test_two_processes_train_what_one_trains(tmp_path, tiny_folder, easy_data):
     plain = ["--lora_dropout", "0", "--logging_steps", "1"]
     whole = train(tmp_path / "one", tiny_folder, easy_data, *plain)
     halves = ["--gradient_accumulation_steps", "4", *plain]
@@ -200,8 +197,8 @@ def test_a_training_that_can_change_nothing_is_refused_and_one_that_only_warms_u
     assert done.returncode == 1 and "error: the training changed nothing" in done.stderr, done.stderr
 
 
-def test_what_a_training_writes_others_may_read_as_the_umask_says(trained):
-    files = [path for path in trained.path.rglob("*") if path.is_file()]
+def test_what_a_training_writes_others_may_read_as_the_umask_says(eight_steps):
+    files = [path for path in eight_steps.path.rglob("*") if path.is_file()]
     wrong = [path.name for path in files if path.stat().st_mode & 0o777 != 0o666 & ~current_umask()]
     assert any(path.name == "adapter_model.safetensors" for path in files) and wrong == []
 
@@ -237,15 +234,44 @@ def test_an_architecture_that_cannot_be_trained_is_refused_and_nothing_stays_on_
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
-def test_the_first_of_several_processes_decides_for_all(tmp_path):
-    """Each would pick a run folder of its own otherwise."""
-    script = tmp_path / "decide.py"
-    script.write_text(
-        "import os, pathlib, sys\nfrom conversation.training.processes import decided_by_first\n"
-        "rank = os.environ['RANK']\npathlib.Path(sys.argv[1], rank).write_text(decided_by_first(f'of {rank}'))\n"
-    )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
-    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
+def test_the_first_of_several_processes_chooses_the_run_folder_for_all(tmp_path, tiny_folder, own_examples):
+    """Midnight passes between the two: each would choose a folder of its own."""
+    home = make_home(tmp_path / "home", own_examples)
+    folder = home / "conversation" / "runs" / "folder.py"
+    today, shifted = "datetime.date.today()", "(datetime.date(2026, 1, 1 + int(os.environ['RANK'])))"
+    assert folder.read_text().count(today) == 1
+    folder.write_text(folder.read_text().replace(today, shifted))
+    with two_processes(tiny_folder, home / "easy.jsonl", None, "--max_steps", "2", project=home) as launcher:
+        _, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    (run,) = (home / "training-runs" / "conversation").glob("20*")
+    assert run.name == "2026-01-01" and RunFolder(run).read().training.steps == 2
+
+
+CHOOSE = """
+import os, pathlib, shutil, sys, time
+from conversation.training import checkpoints
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+plain = shutil.rmtree
+shutil.rmtree = lambda path: (time.sleep(1), plain(path))
+if rank == "1":  # a slower process would find what the first has half removed
+    checkpoints.newest_intact_checkpoint = lambda folder: (None, ["gone"])
+chosen = checkpoints.choose_checkpoint(folder)
+checkpoints.drop_newer_checkpoints(folder, chosen)
+left = sorted(path.name for path in folder.glob("checkpoint-*"))
+(folder / rank).write_text(f"{chosen.name} of {left}")
+"""
+
+
+def test_the_first_of_several_processes_chooses_the_checkpoint_for_all_and_only_it_removes_broken_ones(tmp_path):
+    for step in (3, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x")
+    write_json(tmp_path / "checkpoint-3" / CHECKPOINT_HASHES, file_hashes(tmp_path / "checkpoint-3"))
+    (tmp_path / "choose.py").write_text(CHOOSE)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "choose.py", tmp_path]
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *map(str, launch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["of 0", "of 0"]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["checkpoint-3 of ['checkpoint-3']"] * 2
