@@ -1,7 +1,8 @@
 """What a person on a strange machine does: the README's commands, from an archive, as nobody in particular.
 
-An unpacked `git archive` in a path with a space and an umlaut, without .git; a user without root and with an empty home;
-LANG=C; umask 027; RETRAIN.sh through a symbolic link. The environment is really made, so this needs the package index.
+An unpacked `git archive` in a path with a space and an umlaut, without .git; a user without root, with an empty
+home; LANG=C; umask 027; RETRAIN.sh through a symbolic link. The environment is really made: this needs the
+package index.
 """
 
 import os
@@ -39,7 +40,7 @@ class Newcomer:
             os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
 
     def does(self, *command: object, cwd: Path | None = None, status: int = 0) -> str:
-        """Run a command as the newcomer; return its standard output. Its status must be as expected, without traceback."""
+        """Run a command as the newcomer; return its output. The status must be as expected, without traceback."""
         who = ["setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups"]
         who += ["--bounding-set=-all", "--inh-caps=-all"]
         umask = ["sh", "-c", 'umask 027; exec "$@"', "sh"]
