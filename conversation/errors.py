@@ -30,6 +30,15 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+class UnusableData(UserError):
+    """Data of which some cannot be used. `problems`: a sentence each, with its place. `usable`: what is left of it."""
+
+    def __init__(self, message: str, hint: str, problems: list[str], usable: list[Any]):
+        super().__init__(message, hint)
+        self.problems = problems
+        self.usable = usable
+
+
 class CommandLine(argparse.ArgumentParser):
     """A script's flags; its docstring is the help text. A wrong flag is a UserError, like any other mistake."""
 

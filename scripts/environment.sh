@@ -1,9 +1,12 @@
 # shellcheck shell=bash
 # Sourced by the scripts that need an environment. Runs in bash 3.2, without flock or GNU tools:
-#   find_python                   prints a python of 3.11 or later that can make an environment
+#   find_python                   prints the newest python that can make an environment
 #   prepare_environment FILE...   makes .venv from the first requirements file (anew when that file changes), adds the
 #                                 others, and prints its python. Takes a second when nothing changed. A second caller
 #                                 waits for the first.
+
+# Newest first: the tests ran under each. The pinned packages have wheels for 3.14, too, which nobody tried: as python3 only.
+SUPPORTED_PYTHONS='python3.13 python3.12 python3.11'
 
 # What another program left behind. PYTHONHOME, PYTHONPATH, PYTHONSAFEPATH hide packages; others change what Python does.
 for name in ${!PYTHON@}; do
@@ -16,14 +19,21 @@ set +o noclobber # from SHELLOPTS
 (true 7>&2 2>/dev/null) || exec 2>/dev/null
 
 find_python() {
-    local base
-    base=$(command -v python3.11 || command -v python3) || { echo "error: there is no python3" >&2; return 2; }
-    if ! "$base" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        echo "error: $base is older than Python 3.11, or has no venv module" >&2
-        echo "hint: install Python 3.11 with venv (Debian: apt-get install python3.11-venv)" >&2
-        return 2
+    local name base found=''
+    for name in $SUPPORTED_PYTHONS python3; do
+        base=$(command -v "$name") || continue
+        found="$found${found:+, }$name"
+        "$base" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || continue
+        echo "$base"
+        return 0
+    done
+    if [ -z "$found" ]; then
+        echo "error: there is no python3" >&2
+    else
+        echo "error: no Python from 3.11 to 3.14 with venv and ensurepip is here; tried: $found" >&2
     fi
-    echo "$base"
+    echo "hint: install Python 3.13, 3.12 or 3.11 with venv (Debian: apt-get install python3-venv)" >&2
+    return 2
 }
 
 prepare_environment() {

@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conversation.data import strict_json
-from conversation.data.trees import read_listed_trees, read_trees
-from conversation.errors import UserError, list_problems
+from conversation.data.trees import Tree, read_listed_trees, read_trees
+from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format.calls import Example
 from conversation.format.parser import FormatError, parse_example
 
@@ -37,6 +38,11 @@ def parse_line(line: str) -> Example:
 
 def read_jsonl(path: Path) -> list[Example]:
     """Read training lines. Raises UserError that lists every bad line, or says what the file is instead."""
+    return [example for _, example in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[tuple[str, Example]]:
+    """The places and examples of a JSONL file. Raises UserError as `read_jsonl` does, UnusableData for bad lines."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -46,13 +52,14 @@ def read_jsonl(path: Path) -> list[Example]:
     lines = data.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-    examples, problems = [], []
+    examples: list[tuple[str, Example]] = []
+    problems = []
     for number, line in enumerate(lines, 1):
         try:
             text = strict_json.decode_utf8(line) if number == 1 else line.decode("utf-8")
             if not text.strip():
                 raise ValueError("the line is empty")
-            examples.append(parse_line(text))
+            examples.append((f"{path}:{number}", parse_line(text)))
         except UnicodeDecodeError as error:
             problems.append(f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
         except FormatError as error:
@@ -60,10 +67,8 @@ def read_jsonl(path: Path) -> list[Example]:
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     if problems:
-        raise UserError(
-            f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}",
-            "the text format is described in data/README.md",
-        )
+        message = f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}"
+        raise UnusableData(message, "the text format is described in data/README.md", problems, examples)
     if not examples:
         raise UserError(f"{path} holds no training example")
     return examples
@@ -88,33 +93,65 @@ def _kind_of_text(data: bytes) -> str | None:
     return "this is one JSON object over several lines: write it on one line, as jq -c does"
 
 
+@dataclass
+class TrainingData:
+    """What was read. `places[i]` says where `examples[i]` stands: the file, and its line or node.
+
+    `same_root`: for each other wording of a root question, its first wording. `unusable`: what could not be read.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    same_root: dict[str, str] = field(default_factory=dict)
+    unusable: list[UnusableData] = field(default_factory=list)
+
+    def check(self) -> TrainingData:
+        """Raises UserError when something could not be used."""
+        if len(self.unusable) == 1:
+            raise self.unusable[0]
+        if self.unusable:
+            hints = dict.fromkeys(error.hint for error in self.unusable if error.hint)
+            raise UserError("\n".join(map(str, self.unusable)), "; ".join(hints))
+        return self
+
+
 def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> list[Example]:
     """Examples from folders of conversation trees, lists of core trees, or JSONL files. Raises UserError."""
-    return read_with_roots(paths, domains)[0]
+    return read_data(paths, domains).check().examples
 
 
-def read_with_roots(
-    paths: Path | Sequence[Path], domains: tuple[str, ...] = ()
-) -> tuple[list[Example], dict[str, str]]:
-    """The examples, and for each other wording of a root question its first wording.
-
-    Raises UserError.
-    """
-    examples: list[Example] = []
-    same_root: dict[str, str] = {}
+def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> TrainingData:
+    """The examples with their places, and the bad lines and trees. Raises UserError for what is no data at all."""
+    data = TrainingData()
     for path in [paths] if isinstance(paths, Path) else paths:
         if not path.exists():
             problem = f"there is no training data at {path}"
             raise UserError(problem, "--training_data takes a JSONL file or a tree folder")
-        if path.is_dir() or path.suffix == ".txt":
-            trees = read_trees(path, domains) if path.is_dir() else read_listed_trees(path, domains)
-            examples += [example for tree in trees for example in tree.examples()]
-            same_root.update({question: tree.question for tree in trees for question in tree.also_asked})
-        elif domains:
+        if domains and not path.is_dir() and path.suffix != ".txt":
             raise UserError("--domains needs a folder of conversation trees", f"{path} is a file")
-        else:
-            examples += read_jsonl(path)
-    return examples, same_root
+        trees: list[Tree] = []
+        lines: list[tuple[str, Example]] = []
+        folder = path if path.is_dir() else path.with_name("core_trees")
+        try:
+            if path.is_dir():
+                trees = read_trees(path, domains)
+            elif path.suffix == ".txt":
+                trees = read_listed_trees(path, domains)
+            else:
+                lines = _read_lines(path)
+        except UnusableData as error:
+            data.unusable.append(error)
+            if path.is_dir() or path.suffix == ".txt":
+                trees = error.usable
+            else:
+                lines = error.usable
+        for tree in trees:
+            file = folder / tree.domain / f"{tree.name}.json"
+            lines += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes()]
+            data.same_root.update({question: tree.question for question in tree.also_asked})
+        data.places += [place for place, _ in lines]
+        data.examples += [example for _, example in lines]
+    return data
 
 
 def to_jsonl(examples: Sequence[Example]) -> bytes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from conversation.data import strict_json
 from conversation.data.tree_files import find_tree_files
-from conversation.errors import UserError, list_problems
+from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import CONTROL_PATTERN
 from conversation_config import PROJECT
@@ -73,7 +73,13 @@ class Tree:
             todo += [(choice.target, Prompt(choice.text, history)) for choice in reversed(children)]
 
     def examples(self) -> list[Example]:
-        """The training examples, in the order of `walk`: each question and each wording occurs at least once.
+        """The training examples; see `examples_of_nodes`."""
+        return [example for _, example in self.examples_of_nodes()]
+
+    def examples_of_nodes(self) -> list[tuple[str, Example]]:
+        """The training examples with the names of their nodes, in the order of `walk`.
+
+        Each question and each wording occurs at least once.
 
         A root with 4 questions and 3 wordings gives 4 examples, a child with 2 wordings gives 2. The history of a child
         takes the questions and wordings above it in turn. A tree without variants gives one example a node.
@@ -96,7 +102,7 @@ class Tree:
                     )
                     history += [Utterance("AI", text) for text in _in_turn(self.wordings(above), turn).fragments]
                 question = _in_turn(self.questions, variant) if name == self.name else prompt.question
-                examples.append(Example(Prompt(question, tuple(history)), _in_turn(answers, variant)))
+                examples.append((name, Example(Prompt(question, tuple(history)), _in_turn(answers, variant))))
         return examples
 
 
@@ -176,7 +182,8 @@ def read_trees(folder: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
             problems.append(f"{path}: cannot be read: {error.strerror}")
     problems += [f"{folder / name}: holds no tree" for name in dict.fromkeys(domains) if not _any_in(files, name)]
     if problems:
-        raise UserError(f"the conversation trees have {len(problems)} problems:\n{list_problems(problems)}", hint)
+        message = f"the conversation trees have {len(problems)} problems:\n{list_problems(problems)}"
+        raise UnusableData(message, hint, problems, trees)
     if not trees:
         raise UserError(f"no conversation tree in {folder}", PLACE)
     return sorted(trees, key=lambda tree: (tree.domain, tree.name))

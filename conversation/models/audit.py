@@ -65,14 +65,18 @@ class Audit:
 
 
 def audit(
-    folder: Path, examples: Sequence[Example], expected_fingerprint: str | None = None
+    folder: Path,
+    examples: Sequence[Example],
+    expected_fingerprint: str | None = None,
+    failed: dict[int, str] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, list[EncodedExample], Audit]:
     """Load a model folder's tokenizer, check it, and encode the examples with it.
 
     Raises UserError with the text, the ids and the expected ones, when: a control token is not one id, or not its id in
     Gemma's vocabulary; the padding token ends a turn; `<bos>` is not first, once; a control token of the vocabulary,
     typed by a user, becomes one; an answer contains one; the ids of an example do not decode to it, or the model has no
-    embedding for one; the fingerprint is not the expected one. Lists all examples that fail.
+    embedding for one; the fingerprint is not the expected one. Lists all examples that fail; with `failed`, they are
+    put there, by index, and not raised.
     """
     tokenizer = load_tokenizer(folder)
     check_control_tokens(tokenizer)
@@ -86,7 +90,10 @@ def audit(
             f"expected {expected_fingerprint[:12]}"
         )
     encoded = [encode_example(tokenizer, example) for example in examples]
-    _check_examples(tokenizer, rows, examples, encoded)
+    if failed is None:
+        _check_examples(tokenizer, rows, examples, encoded)
+    else:
+        failed.update(_failing(tokenizer, rows, examples, encoded))
     changed, first = _changed_by_flag(folder, examples, encoded)
     return tokenizer, encoded, Audit(found, len(examples), changed, first)
 
@@ -136,14 +143,25 @@ def _check_examples(
     encoded: Sequence[EncodedExample],
 ) -> None:
     problems = [
-        f"in the example that asks {example.prompt.question!r}: {problem}"
-        for example, ids in zip(examples, encoded, strict=True)
-        if (problem := _example_problem(tokenizer, rows, example, list(ids.ids)))
+        f"in the example that asks {examples[i].prompt.question!r}: {problem}"
+        for i, problem in _failing(tokenizer, rows, examples, encoded).items()
     ]
     if len(problems) > 1:
         raise _failed(f"{len(problems)} examples do not pass:\n{list_problems(problems)}")
     if problems:
         raise _failed(problems[0])
+
+
+def _failing(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int | None,
+    examples: Sequence[Example],
+    encoded: Sequence[EncodedExample],
+) -> dict[int, str]:
+    """What is wrong with the examples that do not pass, by index."""
+    found = enumerate(zip(examples, encoded, strict=True))
+    problems = {i: _example_problem(tokenizer, rows, example, list(ids.ids)) for i, (example, ids) in found}
+    return {i: problem for i, problem in problems.items() if problem}
 
 
 def _example_problem(

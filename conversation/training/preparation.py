@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversation.data.examples import read_with_roots, split_by_tree, to_jsonl
+from conversation.data.examples import TrainingData, read_data, split_by_tree, to_jsonl
 from conversation.data.quality import assess
 from conversation.data.statistics import DataStatistics, LengthSummary, count_structure
 from conversation.data.trees import read_trees
@@ -93,20 +94,17 @@ class Prepared:
 
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check data, base model and tokenizer. Raises UserError. On disk only the model cache may change."""
-    examples, same_root = read_with_roots(data_paths(config), config.domain_names)
-    base_folder = find_base_model(config.base_model)
-    _, encoded, audited = audit(base_folder, examples)
-    too_long = [
-        f"example {number}, which asks {example.prompt.question!r}: {len(ids)} tokens"
-        for number, (example, ids) in enumerate(zip(examples, encoded, strict=True), 1)
-        if len(ids) > config.max_length
-    ]
-    if too_long:
-        raise UserError(
-            f"{len(too_long)} examples are longer than {config.max_length} tokens:\n{list_problems(too_long)}",
-            "nothing is cut silently: shorten them, or raise --max_length",
-        )
-    training, held_out = split_by_tree(examples, config.held_out_share, same_root)
+    data = read_data(data_paths(config), config.domain_names)
+    failed: dict[int, str] = {}
+    try:
+        base_folder = find_base_model(config.base_model)
+        _, encoded, audited = audit(base_folder, data.examples, failed=failed)
+    except UserError:
+        data.check()  # what is wrong with the data is the nearer problem
+        raise
+    _check_data(data, encoded, failed, config.max_length)
+    examples = data.examples
+    training, held_out = split_by_tree(examples, config.held_out_share, data.same_root)
     rates, refused = problem_with_rates(config, config.steps(len(training), number_of_processes()))
     if refused:
         raise UserError(rates, "give --warmup_steps 0, or train longer")
@@ -122,6 +120,31 @@ def prepare(config: TrainingConfig) -> Prepared:
         [ids_of[example.text] for example in held_out],
         audited,
     )
+
+
+def _check_data(
+    data: TrainingData, encoded: Sequence[EncodedExample], failed: Mapping[int, str], max_length: int
+) -> None:
+    """Raises UserError that lists every line and node that cannot be used, whatever is wrong with it.
+
+    `failed`: the examples that did not pass the audit, by index, and why.
+    """
+    too_long = {i: len(ids) for i, ids in enumerate(encoded) if len(ids) > max_length}
+    if not failed and not too_long:
+        data.check()
+        return
+    problems = [problem for error in data.unusable for problem in error.problems]
+    hints = [error.hint for error in data.unusable if error.hint]
+    for i, (place, example) in enumerate(zip(data.places, data.examples, strict=True)):
+        asked = f"{place}, which asks {example.prompt.question!r}"
+        if i in failed:
+            problems.append(f"{asked}: the tokenizer audit failed: {failed[i]}")
+        if i in too_long:
+            problems.append(f"{asked}: {too_long[i]} tokens, more than {max_length}")
+    if too_long:
+        hints.append("nothing is cut silently: shorten what is too long, or raise --max_length")
+    many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+    raise UserError(f"the training data has {many}:\n{list_problems(problems)}", "; ".join(dict.fromkeys(hints)))
 
 
 def data_paths(config: TrainingConfig) -> tuple[Path, ...]:

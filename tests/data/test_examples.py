@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from conversation.data.examples import (
     parse_line,
+    read_data,
     read_jsonl,
     read_training_data,
-    read_with_roots,
     root_question,
     split_by_tree,
     to_jsonl,
@@ -163,7 +163,8 @@ def test_the_split_stays_when_trees_are_added(own_examples):
 
 
 def test_every_way_to_ask_a_root_question_is_on_the_same_side():
-    examples, same_root = read_with_roots(DATA_SETS["starter"])
+    data = read_data(DATA_SETS["starter"])
+    examples, same_root = data.examples, data.same_root
     training, held_out = split_by_tree(examples, 0.1, same_root)
     topics = [{example.answer.follow_ups[0].target.split("_")[0] for example in part} for part in (training, held_out)]
     assert len(held_out) % 10 == 0 and len(held_out) == pytest.approx(150, abs=10)

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from records import some_record
 from huggingface_hub import ModelCard
+from records import some_record
 
 from conversation.runs.folder import RunFolder
 from conversation.runs.model_card import CARD, hub_name, model_card, write_model_cards

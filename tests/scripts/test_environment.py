@@ -1,7 +1,10 @@
 """scripts/environment.sh: made once, made whole, and by one process at a time."""
 
 import os
+import re
+import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import PROJECT
@@ -49,3 +52,60 @@ def test_a_place_that_cannot_be_written_is_reported_plainly(prepare, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2, errors
     assert errors.startswith(f"error: cannot write into {tmp_path}\nhint: ") and len(errors.splitlines()) == 2
+
+
+@pytest.fixture
+def find(tmp_path):
+    """Runs find_python on a PATH that has only the given pythons: name -> (minor version, or None for a broken one)."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    bash = shutil.which("bash")
+
+    def run(**pythons):
+        for name, minor in pythons.items():
+            # `$2` is the check; a python of another version answers it by its own version
+            fake = f"import sys; sys.modules.update(venv=sys, ensurepip=sys); sys.version_info = (3, {minor}, 0)"
+            broken = "echo 'No module named ensurepip' >&2; exit 1"
+            exec_it = f'exec {sys.executable} -c "{fake}\n$2"'
+            (tools / name.replace("_", ".")).write_text(f"#!{bash}\n{broken if minor is None else exec_it}\n")
+            (tools / name.replace("_", ".")).chmod(0o755)
+        command = [bash, "-c", f'set -euo pipefail; source "{PROJECT}/scripts/environment.sh"; find_python']
+        return subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tools)})
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("pythons", "taken"),
+    [
+        ({"python3_11": 11, "python3_12": 12, "python3_13": 13, "python3": 11}, "python3.13"),
+        ({"python3_11": 11, "python3_13": None}, "python3.11"),
+        ({"python3_12": 12, "python3": 9}, "python3.12"),
+        ({"python3": 14}, "python3"),
+        ({"python3": 12}, "python3"),
+    ],
+)
+def test_the_newest_python_that_can_make_an_environment_is_taken(find, pythons, taken):
+    done = find(**pythons)
+    assert done.returncode == 0 and done.stdout.endswith(f"/tools/{taken}\n"), done
+
+
+@pytest.mark.parametrize("pythons", [{"python3": 10}, {"python3": 15}, {"python3_13": None, "python3": None}])
+def test_pythons_that_cannot_are_named_and_none_is_said(find, pythons):
+    done = find(**pythons)
+    names = ", ".join(name.replace("_", ".") for name in pythons)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[0].endswith(f"tried: {names}") and "hint: install Python 3.13" in done.stderr
+
+
+def test_without_any_python_that_is_said(find):
+    done = find()
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no python3\nhint: install"), done.stderr
+
+
+def test_the_pythons_that_are_looked_for_are_those_of_the_readme():
+    script = (PROJECT / "scripts" / "environment.sh").read_text(encoding="utf-8")
+    names = re.search(r"^SUPPORTED_PYTHONS='(.*)'$", script, re.M)[1].split()
+    versions = [name.removeprefix("python") for name in names]
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {versions[-1]} to {versions[0]}" in " ".join(readme.split())

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 from conftest import easy_lines, run_script, some_adapters
-from records import finished, some_record
+from records import some_record
+from scripts_at_work import finished
 
 from conversation.answering import exporting
 from conversation.answering.engines import open_engine

@@ -4,11 +4,13 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -17,12 +19,17 @@ from conftest import PROJECT, current_umask, easy_lines, make_home, run_script
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conversation.data.examples import to_jsonl
+from conversation.errors import UserError
+from conversation.format.calls import Example, Prompt
+from conversation.models import tokenizer
 from conversation.models.tokenizer import EncodedExample
 from conversation.runs.files import file_hashes, sha256_file, write_json
 from conversation.runs.folder import RunFolder
 from conversation.training.checkpoints import CHECKPOINT_HASHES, newest_intact_checkpoint
 from conversation.training.prefix_tree import TokenSequence
+from conversation.training.preparation import prepare
 from conversation.training.trainer import OptimizerStepBatches, token_sequence
+from conversation_config import TrainingConfig
 
 FLAGS = (
     "--learning_rate 3e-3 --warmup_steps 2 --logging_steps 2 --save_steps 3 --max_steps 8 --held_out_share 0.2".split()
@@ -205,9 +212,43 @@ def test_what_a_training_writes_others_may_read_as_the_umask_says(eight_steps):
 
 def test_an_example_that_is_too_long_is_named_and_nothing_is_written(tmp_path, tiny_folder, easy_data):
     done = train(tmp_path / "run", tiny_folder, easy_data, "--max_length", "50")
-    assert done.returncode == 2 and "36 examples are longer than 50 tokens" in done.stderr
-    assert 'which asks "What\'s red?"' in done.stderr and "and 16 more" in done.stderr
+    assert done.returncode == 2 and "the training data has 36 problems" in done.stderr
+    assert f'{easy_data}:1, which asks "What\'s red?": ' in done.stderr and " tokens, more than 50\n" in done.stderr
+    assert "and 16 more" in done.stderr and "raise --max_length" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_whatever_is_wrong_with_the_data_is_listed_at_once_by_line_and_by_node(tmp_path, tiny_folder):
+    """A line that is no example, one that the tokenizer does not give back, and one that is too long."""
+    long, plain = easy_lines()[2], easy_lines()[0]
+    limit = len(tokenizer.encode_example(tokenizer.load_tokenizer(tiny_folder), long)) - 1
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, content["normalizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    data = tmp_path / "mine.jsonl"
+    apart = Example(Prompt("Cafe\u0301?"), plain.answer)
+    data.write_bytes(to_jsonl([plain]) + b"{}\n" + to_jsonl([long, apart]))
+    config = TrainingConfig(base_model=str(folder), training_data=str(data), max_length=limit)
+    with pytest.raises(UserError) as refused:
+        prepare(config)
+    head, *problems = str(refused.value).splitlines()
+    assert head == "the training data has 3 problems:"
+    assert problems[0] == f"  {data}:2: the object has no `text`"
+    assert problems[1] == f"  {data}:3, which asks {long.prompt.question!r}: {limit + 1} tokens, more than {limit}"
+    assert problems[2].startswith(f"  {data}:4, which asks ") and "the text is not in NFC" in problems[2]
+    assert "data/README.md" in refused.value.hint and "--max_length" in refused.value.hint
+    trees = PROJECT / "data" / "conversation_trees"
+    with pytest.raises(UserError, match=r"the training data has \d+ problems") as refused:
+        prepare(replace(config, training_data=str(trees), domains="philosophy", max_length=300))
+    assert re.match(
+        rf"  {re.escape(str(trees))}/philosophy/\w+\.json, node \w+, which asks", str(refused.value).splitlines()[1]
+    )
+    with pytest.raises(UserError, match=r"1 of 4 lines cannot be used"):  # nothing else is wrong with the rest
+        data.write_bytes(to_jsonl([plain]) + b"{}\n" + to_jsonl(easy_lines()[3:5]))
+        prepare(replace(config, max_length=2048))
+    with pytest.raises(UserError, match=r"1 of 4 lines cannot be used"):  # the nearer problem of two
+        prepare(replace(config, base_model="./nowhere"))
 
 
 def test_check_data_prints_the_statistics_and_trains_nothing(tmp_path, tiny_folder, easy_data):
