@@ -6,7 +6,8 @@
 
 The base has the public configuration of Qwen2.5-1.5B and random bfloat16 weights. It is trained for two steps of eight
 of the project's examples and merged, each in a process of its own. With --limit_gb a control group of its own (Linux,
-as root) holds the training; the merge, which works in FP32, may use 1.5 times the model's FP32 size.
+as root) holds the training; the merge, which works in FP32, may use 1.5 times the model's FP32 size. Flags after -- go to
+train_conversation.py.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a model folder whose tokenizer has the tokens")
     parser.add_argument("--layers", type=int, default=QWEN["num_hidden_layers"], help="fewer, for a quick look")
     parser.add_argument("--limit_gb", type=float, help="memory of the training, in GB")
-    parser.add_argument("flags", nargs="*", help="more flags for train_conversation.py, after --")
-    args = parser.parse_args()
+    own, _, more = " ".join(sys.argv[1:]).partition(" -- ")
+    args = parser.parse_args(own.split())
     base, run = args.work_folder / "base", args.work_folder / "run"
     if not base.exists():
         make_base(base, args.tokenizer, args.layers)
@@ -56,7 +57,7 @@ def main() -> None:
     train = "--training_data expert --domains programming --max_steps 2 --warmup_steps 0 --logging_steps 1".split()
     train += ["--held_out_share", "0", "--learning_rate", "1e-4", "--base_model", str(base), "--run_dir", str(run)]
     shutil.rmtree(run, ignore_errors=True)
-    limited("train_conversation.py", [*train, *args.flags], args.limit_gb)
+    limited("train_conversation.py", [*train, *more.split()], args.limit_gb)
     limited("merge_conversation_model.py", ["--run_dir", str(run)], 1.5 * 2 * size / 1e9 if args.limit_gb else None)
     record = RunFolder(run).read()
     assert record.training and record.merge and record.training.memory_plan

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import PROJECT, current_umask, easy_lines, make_home, run_script
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conversation.data.examples import to_jsonl
@@ -89,6 +90,27 @@ def test_the_run_folder_holds_what_the_run_was(eight_steps, easy_data):
         and "# Training run" in eight_steps.report.read_text()
     )
     assert "held-out loss after step 8" in eight_steps.console_log.read_text()
+
+
+def test_the_memory_plan_is_printed_kept_and_near_the_peak(eight_steps):
+    result = eight_steps.read().training
+    plan, log = result.memory_plan, eight_steps.console_log.read_text()
+    assert str(plan) in log and log.index("Memory plan") < log.index("Trained 8 steps") and "the plan was" in log
+    assert plan.frozen_weights == "float32" and plan.total / 1e9 == pytest.approx(result.peak_memory_gb, rel=0.15)
+
+
+def test_a_run_with_weights_held_in_bfloat16_leaves_the_very_adapters_of_fp32(tmp_path, tiny_folder, easy_data):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    found = {}
+    for held in ("float32", "bfloat16"):
+        done = train(tmp_path / held, base, easy_data, "--frozen_weights", held, "--max_steps", "3")
+        assert done.returncode == 0, done.stderr
+        result = RunFolder(tmp_path / held).read().training
+        assert result.memory_plan.frozen_weights == held
+        found[held] = result.adapter_files["adapter_model.safetensors"]
+    assert found["float32"] == found["bfloat16"]
 
 
 def test_at_most_three_checkpoints_remain_each_with_its_hashes(tmp_path, tiny_folder, easy_data):
