@@ -30,7 +30,7 @@ from conversation.errors import UserError
 from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS, Control
 from conversation.models import llama_cpp
-from conversation.models.gguf import EXPORT_TYPES, MergedWeights, write_gguf
+from conversation.models.gguf import TYPES, MergedWeights, write_gguf
 from conversation.models.merged_model import write_manifest
 from conversation.models.tokenizer import encode, load_tokenizer
 from conversation.models.tokenizer import fingerprint as tokenizer_fingerprint
@@ -53,7 +53,7 @@ def in_f32(merged, tmp_path_factory):
     """The same model as a GGUF file in FP32."""
     path = tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
     metadata = {FINGERPRINT_KEY: tokenizer_fingerprint(load_tokenizer(merged)), "general.size_label": "3M"}
-    write_gguf(MergedWeights(merged), EXPORT_TYPES["f32"], path, metadata)
+    write_gguf(MergedWeights(merged), TYPES["f32"], path, metadata)
     return path
 
 
@@ -278,7 +278,7 @@ def test_a_file_that_is_no_model_of_ours_is_refused_in_a_sentence(tmp_path, merg
     with pytest.raises(UserError, match=r"cannot be loaded: .*(corrupted|incomplete|bounds)"):
         open_engine(other)
     for metadata in ({}, {FINGERPRINT_KEY: "0" * 64}):
-        write_gguf(MergedWeights(merged), EXPORT_TYPES["q8_0"], other, metadata)
+        write_gguf(MergedWeights(merged), TYPES["q8_0"], other, metadata)
         with pytest.raises(UserError, match="is not that of the training: fingerprint"):
             open_engine(other)
     foreign = in_f32.read_bytes().replace(b"<start_function_call>", b"<start_function_cell>")
@@ -296,7 +296,7 @@ def test_the_real_model_says_the_same_ids_in_both_programs(standin_folder, tmp_p
     (folder / "generation_config.json").write_text(json.dumps(generation))
     write_manifest(folder, file_hashes(folder))
     path = tmp_path / "real-f32.gguf"
-    write_gguf(MergedWeights(folder), EXPORT_TYPES["f32"], path, {FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
+    write_gguf(MergedWeights(folder), TYPES["f32"], path, {FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
     one, other = open_engine(folder), open_engine(path)
     for case in THREE_CASES:
         assert other.constrained(case.prompt) == one.constrained(case.prompt)

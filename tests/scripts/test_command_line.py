@@ -16,7 +16,12 @@ from conversation.errors import CommandLine
 from conversation.runs.report import command_that_repeats
 from conversation_config import RECIPES, TrainingConfig, add_training_flags, resolve_settings
 
-SCRIPTS = ("train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py")
+SCRIPTS = (
+    "train_conversation.py",
+    "merge_conversation_model.py",
+    "test_conversation_model.py",
+    "export_conversation_model.py",
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -75,7 +80,7 @@ def test_mixed_precision_is_refused_however_it_is_asked_for(tmp_path, precision)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("script", SCRIPTS[1:3])
 def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
     done = run_script(script, "--run_dir", tmp_path)
     assert done.returncode == 2 and "is not a run folder" in done.stderr
