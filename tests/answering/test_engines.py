@@ -110,7 +110,7 @@ def test_the_prefix_of_a_parent_and_of_a_sibling_is_not_read_again(engine):
     engine.answer(SIBLING)
     after_sibling = engine.reused_tokens
     root, child, sibling = (engine.vocabulary.encode_prompt(each) for each in (ROOT, CHILD, SIBLING))
-    assert after_parent >= common_length(root, child) > 0.5 * length(ROOT)
+    assert after_parent >= common_length(root, child) > 5
     assert after_sibling == common_length(child, sibling) > after_parent
     engine.answer(ROOT)
     assert engine.reused_tokens >= length(ROOT) - 1  # the branches left it whole
