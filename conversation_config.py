@@ -46,6 +46,10 @@ POLYNOMIAL_END = 1e-7  # where the polynomial schedule of transformers ends
 MAX_NEW_TOKENS = 300  # an answer of 4 + 3 calls takes about 200 tokens
 
 
+EXPORT_TYPES = ("f32", "f16", "q8_0", "q5_1", "q4_k_m")
+"""The types of GGUF files, by llama.cpp's names in small letters; the smaller, the later."""
+
+
 def setting(default: Any, text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": text, **extra})
 

@@ -43,7 +43,7 @@ from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.record import RunRecord
 from conversation.runs.report import write_report
-from conversation_config import HELD_OUT_QUESTIONS, names_in, set_up_libraries
+from conversation_config import EXPORT_TYPES, HELD_OUT_QUESTIONS, names_in, set_up_libraries
 
 COMPARED_EXAMPLES = 100
 MILLISECONDS = {"f32": 133, "f16": 67, "q8_0": 47, "q5_1": 45, "q4_k_m": 42}
@@ -75,8 +75,6 @@ def main() -> int:
 
 
 def parse_flags() -> argparse.Namespace:
-    from conversation.models.gguf import EXPORT_TYPES
-
     parser = CommandLine(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run_dir", type=Path, help="the run folder (default: the newest)")
@@ -103,7 +101,7 @@ def export(
     """Export a merged folder to all types that are asked for. Raises UserError that names those that failed."""
     set_up_libraries()
     from conversation.answering.exporting import Exporter
-    from conversation.models.gguf import EXPORT_TYPES, MergedWeights
+    from conversation.models.gguf import TYPES, MergedWeights
     from conversation.models.llama_cpp import library
     from conversation.models.merged_model import MANIFEST, load_verified
     from conversation.models.tokenizer import fingerprint
@@ -118,7 +116,7 @@ def export(
     if not types:
         print("Exported already.")
         return 0
-    say_what_it_takes(types, {kind: weights.file_bytes(EXPORT_TYPES[kind]) for kind in types}, output)
+    say_what_it_takes(types, {kind: weights.file_bytes(TYPES[kind]) for kind in types}, output)
     model, tokenizer = load_verified(folder, record.base_model.tokenizer_fingerprint if record else None)
     exporter = Exporter(
         folder,
@@ -140,7 +138,7 @@ def export(
     for kind in types:
         print(f"\n{name}-{kind}.gguf", flush=True)
         try:
-            found = exporter.export(EXPORT_TYPES[kind], output / f"{name}-{kind}.gguf", metadata)
+            found = exporter.export(TYPES[kind], output / f"{name}-{kind}.gguf", metadata)
         except UserError as error:
             print(f"refused: {error}")
             failed.append(UserError(f"{kind}: {error}", error.hint))

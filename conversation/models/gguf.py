@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from conversation.errors import UserError
 from conversation.models.llama_cpp import quantize
 from conversation.runs.files import read_json, shown
+from conversation_config import EXPORT_TYPES
 
 SWA_PERIOD = 6
 """Every sixth layer attends to all: llama.cpp computes Gemma 3 so, whatever its file says."""
@@ -52,16 +53,14 @@ class ExportType:
     matrices: Type
 
 
-EXPORT_TYPES = {
-    each.name: each
-    for each in (
-        ExportType("f32", gguf.LlamaFileType.ALL_F32, Type.F32),
-        ExportType("f16", gguf.LlamaFileType.MOSTLY_F16, Type.F16),
-        ExportType("q8_0", gguf.LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
-        ExportType("q5_1", gguf.LlamaFileType.MOSTLY_Q5_1, Type.Q5_1),
-        ExportType("q4_k_m", gguf.LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
-    )
-}
+_FILE_TYPES = (
+    (gguf.LlamaFileType.ALL_F32, Type.F32),
+    (gguf.LlamaFileType.MOSTLY_F16, Type.F16),
+    (gguf.LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
+    (gguf.LlamaFileType.MOSTLY_Q5_1, Type.Q5_1),
+    (gguf.LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
+)
+TYPES = {name: ExportType(name, *types) for name, types in zip(EXPORT_TYPES, _FILE_TYPES, strict=True)}
 
 
 def tensor_type(export: ExportType, name: str, shape: tuple[int, ...], layers: int) -> Type:

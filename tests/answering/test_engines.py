@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversation.answering import engines, prefix_cache
+from conversation.answering import decoding, engines, prefix_cache
 from conversation.answering.constrained import common_length
 from conversation.answering.decoding import (
     BEST_OF_N,
@@ -29,8 +29,9 @@ from conversation.data.questions import THREE_CASES
 from conversation.errors import UserError
 from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS, Control
+from conversation.format.grammar import MAX_CHARACTERS, Value
 from conversation.models import llama_cpp
-from conversation.models.gguf import EXPORT_TYPES, MergedWeights, write_gguf
+from conversation.models.gguf import TYPES, MergedWeights, write_gguf
 from conversation.models.merged_model import write_manifest
 from conversation.models.tokenizer import encode, load_tokenizer
 from conversation.models.tokenizer import fingerprint as tokenizer_fingerprint
@@ -43,6 +44,17 @@ CHILD = Prompt("Example?", HISTORY)
 SIBLING = Prompt("How?", HISTORY)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """A random model ends no value by itself: values of a few characters take as many tokens, and not hundreds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, length in ((Value.FRAGMENT, 9), (Value.FOLLOW_UP, 6), (Value.TARGET, 5)):
+            patch.setitem(MAX_CHARACTERS, kind, length)
+        for module in (engines, decoding):
+            patch.setattr(module, "MAX_NEW_TOKENS", 60)
+        yield
+
+
 @pytest.fixture(scope="module")
 def merged(merged_tiny):
     return merged_tiny
@@ -53,7 +65,7 @@ def in_f32(merged, tmp_path_factory):
     """The same model as a GGUF file in FP32."""
     path = tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
     metadata = {FINGERPRINT_KEY: tokenizer_fingerprint(load_tokenizer(merged)), "general.size_label": "3M"}
-    write_gguf(MergedWeights(merged), EXPORT_TYPES["f32"], path, metadata)
+    write_gguf(MergedWeights(merged), TYPES["f32"], path, metadata)
     return path
 
 
@@ -98,7 +110,7 @@ def test_the_prefix_of_a_parent_and_of_a_sibling_is_not_read_again(engine):
     engine.answer(SIBLING)
     after_sibling = engine.reused_tokens
     root, child, sibling = (engine.vocabulary.encode_prompt(each) for each in (ROOT, CHILD, SIBLING))
-    assert after_parent >= common_length(root, child) > 0.5 * length(ROOT)
+    assert after_parent >= common_length(root, child) > 5
     assert after_sibling == common_length(child, sibling) > after_parent
     engine.answer(ROOT)
     assert engine.reused_tokens >= length(ROOT) - 1  # the branches left it whole
@@ -124,7 +136,7 @@ def test_a_stopped_answer_ends_early_and_leaves_the_next_one_right(engine):
 
         return stopped
 
-    for number in (0, 1, 25):
+    for number in (0, 1, 15):
         asked = 0
         parts = list(engine.stream(CHILD, stopped=after(number)))
         assert len(parts) < 7 and asked == number + 1
@@ -278,7 +290,7 @@ def test_a_file_that_is_no_model_of_ours_is_refused_in_a_sentence(tmp_path, merg
     with pytest.raises(UserError, match=r"cannot be loaded: .*(corrupted|incomplete|bounds)"):
         open_engine(other)
     for metadata in ({}, {FINGERPRINT_KEY: "0" * 64}):
-        write_gguf(MergedWeights(merged), EXPORT_TYPES["q8_0"], other, metadata)
+        write_gguf(MergedWeights(merged), TYPES["q8_0"], other, metadata)
         with pytest.raises(UserError, match="is not that of the training: fingerprint"):
             open_engine(other)
     foreign = in_f32.read_bytes().replace(b"<start_function_call>", b"<start_function_cell>")
@@ -296,7 +308,7 @@ def test_the_real_model_says_the_same_ids_in_both_programs(standin_folder, tmp_p
     (folder / "generation_config.json").write_text(json.dumps(generation))
     write_manifest(folder, file_hashes(folder))
     path = tmp_path / "real-f32.gguf"
-    write_gguf(MergedWeights(folder), EXPORT_TYPES["f32"], path, {FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
+    write_gguf(MergedWeights(folder), TYPES["f32"], path, {FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
     one, other = open_engine(folder), open_engine(path)
     for case in THREE_CASES:
         assert other.constrained(case.prompt) == one.constrained(case.prompt)

@@ -15,10 +15,8 @@ from conversation.format.calls import Prompt
 from conversation.format.control_tokens import FORMAT_TOKENS
 from conversation.models import gguf_check, llama_cpp
 from conversation.models.chat_format import CHAT_TEMPLATE
-from conversation.models.gguf import EXPORT_TYPES, MergedWeights, tensor_type, tolerant_chat_template, write_gguf
+from conversation.models.gguf import TYPES, MergedWeights, tensor_type, tolerant_chat_template, write_gguf
 from conversation.models.gguf_check import check_tensors
-
-TYPES = list(EXPORT_TYPES)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +28,9 @@ def weights(merged_tiny):
 def written(weights, tmp_path_factory):
     """The tiny model in every type, by its name."""
     folder = tmp_path_factory.mktemp("written")
-    for name, export in EXPORT_TYPES.items():
+    for name, export in TYPES.items():
         write_gguf(weights, export, folder / f"{name}.gguf", {"conversation.run": "Prüfung"})
-    return {name: folder / f"{name}.gguf" for name in EXPORT_TYPES}
+    return {name: folder / f"{name}.gguf" for name in TYPES}
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -40,7 +38,7 @@ def test_a_written_file_has_the_merged_models_tensors_within_its_types_error(wri
     found = check_tensors(written[name], weights, None)
     assert found.tensors == len(weights.shapes) and found.survived is None
     assert found.share_of_error == 0 if name == "f32" else 0.2 < found.share_of_error <= 1
-    assert written[name].stat().st_size <= weights.file_bytes(EXPORT_TYPES[name])
+    assert written[name].stat().st_size <= weights.file_bytes(TYPES[name])
 
 
 def test_a_smaller_type_makes_a_smaller_file(written):
@@ -101,7 +99,7 @@ def test_a_small_change_survives_on_a_fresh_base_and_not_on_one_that_was_quantiz
     for model, merged in (("fresh", fresh), ("stand-in", stand_in)):
         for name in ("f32", "q8_0", "q4_k_m"):
             path = tmp_path / f"{model}-{name}.gguf"
-            write_gguf(merged, EXPORT_TYPES[name], path, {})
+            write_gguf(merged, TYPES[name], path, {})
             survived[model, name] = check_tensors(path, merged, adapters).survived
     assert survived["fresh", "f32"] == survived["stand-in", "f32"] == 1
     assert survived["fresh", "q4_k_m"] == pytest.approx(1, abs=0.1)
@@ -110,11 +108,11 @@ def test_a_small_change_survives_on_a_fresh_base_and_not_on_one_that_was_quantiz
 
 
 def test_in_q4_k_m_half_of_the_down_projections_get_more_bits_as_in_llama_cpp():
-    kinds = [tensor_type(EXPORT_TYPES["q4_k_m"], f"blk.{i}.ffn_down.weight", (640, 2048), 18).name for i in range(18)]
+    kinds = [tensor_type(TYPES["q4_k_m"], f"blk.{i}.ffn_down.weight", (640, 2048), 18).name for i in range(18)]
     better = [i for i, kind in enumerate(kinds) if kind == "Q6_K"]
     assert better == [0, 1, 4, 7, 10, 13, 15, 16, 17] and set(kinds) == {"Q4_K", "Q6_K"}
-    assert tensor_type(EXPORT_TYPES["q4_k_m"], "blk.0.attn_q.weight", (1024, 640), 18).name == "Q5_0"
-    assert tensor_type(EXPORT_TYPES["q5_1"], "token_embd.weight", (262144, 640), 18).name == "Q8_0"
+    assert tensor_type(TYPES["q4_k_m"], "blk.0.attn_q.weight", (1024, 640), 18).name == "Q5_0"
+    assert tensor_type(TYPES["q5_1"], "token_embd.weight", (262144, 640), 18).name == "Q8_0"
 
 
 def test_control_tokens_are_control_and_the_metadata_is_there(written, weights):

