@@ -17,10 +17,6 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("the page is tested in Chromium, and there is none on this machine", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven by playwright")
-
 QUESTION = "How does the internet find a route?"
 FIRST, SECOND, THIRD = (
     "Which of several routes wins?",
@@ -82,6 +78,9 @@ class Server:
 
 @pytest.fixture(scope="module")  # not longer: its event loop would be in the way of other tests
 def browser():
+    if CHROMIUM is None:
+        pytest.skip("the page is tested in Chromium, and there is none on this machine")
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven by playwright")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM)
         yield browser
@@ -131,7 +130,8 @@ def a_page(browser, server, context=None, path="", expected=(), **options):
         "ERR_CONNECTION_RESET",
         *expected,
     )
-    assert [fault for fault in faults if not any(word in fault for word in ordinary)] == []
+    unexpected = [fault for fault in faults if not any(word in fault for word in ordinary)]
+    assert unexpected == []
 
 
 @pytest.fixture

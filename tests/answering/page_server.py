@@ -41,8 +41,11 @@ def known_answers() -> dict:
     return answers
 
 
-def answer_to(question: str, history: list) -> tuple:
-    """(fragments, choices) for any question."""
+def answer_to(question: str, history: list, seed: int | None = None) -> tuple:
+    """(fragments, choices) for any question; a seed makes it another answer, unless it asks for the same."""
+    if seed is not None and "same" not in question:
+        fragments, choices = answer_to(question, history)
+        return [*fragments[:3], f"Drawn with seed {seed}."], choices
     known = known_answers().get((question, len(history)))
     if known:
         return known
@@ -65,7 +68,6 @@ class PageServer(ThreadingHTTPServer):
         self.engine = threading.Lock()
         self.asked: list[dict] = []
         self.refused: dict[str, int] = {}
-        self.picked: list[dict] = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -107,7 +109,13 @@ class Handler(BaseHTTPRequestHandler):
             documents = [json.loads(file.read_text()) for file in self.server.folder.glob("*.json")]
             self.json(
                 [
-                    {"id": d["id"], "title": d["title"], "nodes": len(d["nodes"]), "changed": str(d["revision"])}
+                    {
+                        "id": d["id"],
+                        "title": d["title"],
+                        "nodes": len(d["nodes"]),
+                        "revision": d["revision"],
+                        "changed": "",
+                    }
                     for d in documents
                 ]
             )
@@ -118,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             )
         elif path == "/test/log":
             with self.server.lock:
-                self.json({"asked": self.server.asked, "picked": self.server.picked})
+                self.json({"asked": self.server.asked})
         else:
             self.static("index.html" if path == "/" else path.removeprefix("/static/"))
 
@@ -141,9 +149,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             stored = json.loads(file.read_text()) if file.exists() else {"revision": 0}
             if file.exists() and stored["revision"] != document["revision"]:
-                return self.json(stored, 409)
+                return self.json({**stored, "error": {"message": "saved by another tab meanwhile"}}, 409)
+            for name, node in document["nodes"].items():
+                kept = stored.get("nodes", {}).get(name, node)["picked"]
+                node["picked"] = [max(pair) for pair in zip(node["picked"], kept, strict=True)]
             document["revision"] = stored["revision"] + 1
-            file.write_text(json.dumps(document))
+            self.write(file, document)
         self.json({"revision": document["revision"]})
 
     def do_DELETE(self):
@@ -158,14 +169,33 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/answer":
             self.answer(body)
         elif self.path.endswith("/picked"):
-            self.server.picked.append(body)
-            self.json({})
+            self.count_picked(body)
         elif self.path.endswith("/training_tree"):
             document = json.loads(self.path_of(self.path.split("/")[3]).read_text())
             if "refused" in document["title"]:
                 problems = ["nodes.a: too few texts"]
-                return self.json({"error": {"message": "The tree was refused.", "problems": problems}}, 422)
+                return self.json(
+                    {"error": {"message": "this cannot be trained yet", "hint": "put it right", "problems": problems}},
+                    422,
+                )
             self.json({"path": "training-runs/own_trees/own/tree.json", "warnings": ["One fragment occurs twice."]})
+
+    @staticmethod
+    def write(file, document):
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(document))
+        part.replace(file)
+
+    def count_picked(self, body):
+        file = self.path_of(self.path.split("/")[3])
+        with self.server.lock:
+            document = json.loads(file.read_text()) if file.exists() else {"nodes": {}}
+            node = document["nodes"].get(body["node"])
+            if not node:
+                return self.error(404, "there is no such node")
+            node["picked"][body["choice"]] += 1
+            self.write(file, document)
+        self.json({"picked": node["picked"]})
 
     # --- answers ---
 
@@ -177,9 +207,9 @@ class Handler(BaseHTTPRequestHandler):
             refused = self.server.refused.get(question, 0)
             self.server.refused[question] = refused + 1
         if "busy" in question and refused < 2:
-            return self.error(429, "Too many questions at once.", "Try again.", Retry_After="1")
+            return self.error(429, "too many questions at once", "try again", Retry_After="1")
         if "failing" in question:
-            return self.error(400, "The engine cannot answer this.", "Ask another question.")
+            return self.error(400, "the engine cannot answer this", "ask another question")
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
@@ -187,14 +217,14 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             with self.server.engine:
-                self.stream(question, body["history"])
+                self.stream(question, body["history"], body.get("seed"))
             entry["ended"] = "whole"
         except (BrokenPipeError, ConnectionResetError):
             entry["ended"] = "given up"
 
-    def stream(self, question, history):
+    def stream(self, question, history, seed):
         began = time.monotonic()
-        fragments, choices = answer_to(question, history)
+        fragments, choices = answer_to(question, history, seed)
         if "broken" in question:
             self.event("fragment", {"text": fragments[0]})
             return

@@ -20,9 +20,6 @@ from page_browser import (
     press,
 )
 
-pytest_plugins = ["page_browser"]
-
-
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
@@ -150,16 +147,36 @@ def test_asking_again_keeps_another_answer_beside_the_first_and_the_same_one_onc
     press(page, "1")
     arrived(page, FIRST)
     press(page, "r")
-    page.get_by_text("The model gave the same answer again").first.wait_for()
-    assert nodes(page) == [QUESTION, FIRST]
-    press(page, "t")
-    page.locator(".correction input").first.fill("Money first, always.")
-    press(page, "Control+Enter")
-    page.locator(".badges", has_text="corrected").wait_for()
-    press(page, "r")
     page.locator(".siblings", has_text="2 of 2").wait_for()
     arrived(page, FIRST)
-    assert len(nodes(page)) == 3
+    assert fragments(page)[3].startswith("Drawn with seed") and nodes(page) == [QUESTION, FIRST, FIRST]
+    press(page, "o")
+    page.keyboard.type("Always the same?")
+    press(page, "Enter")
+    arrived(page, "Always the same?")
+    press(page, "r")
+    page.get_by_text("The model gave the same answer again").first.wait_for()
+    assert nodes(page) == [QUESTION, FIRST, FIRST, "Always the same?"]
+
+
+def test_picks_are_counted_also_without_a_server(page, server):
+    ask(page)
+    server.document()
+    for _ in range(3):
+        press(page, "2")
+        arrived(page, SECOND)
+        press(page, "k")
+        arrived(page, QUESTION)
+
+    def counts(wanted):
+        return lambda document: next(iter(document["nodes"].values()))["picked"] == wanted
+
+    server.document(counts([0, 3, 0]))
+    server.kill()
+    press(page, "2")
+    arrived(page, SECOND)
+    server.start()
+    server.document(counts([0, 4, 0]))
 
 
 def test_a_question_is_edited_and_asked_anew_beside_the_old_one(page):

@@ -5,7 +5,7 @@ import { health } from "./server.js";
 const WHILE_AWAY = [1000, 2000, 4000, 8000];
 const WHILE_THERE = 30_000;
 
-/** `state` is "loading" (the model), "ok" or "away". `changed(state, before)` is called when it becomes another one. */
+/** `state` is "loading" (the model), "ok", "failed" (to load it) or "away". `changed(state, before)` is called when it becomes another one. */
 export class Connection {
   state = "unknown";
   model = "";
@@ -26,8 +26,8 @@ export class Connection {
       this.model = model ?? this.model;
       this.#become(status === "ok" ? "ok" : "loading");
       this.#away = 0;
-    } catch {
-      this.#become("away");
+    } catch (error) {
+      this.#become(error.body?.status === "failed" ? "failed" : "away");
     }
     const wait = this.state === "ok" ? WHILE_THERE : WHILE_AWAY[Math.min(this.#away++, WHILE_AWAY.length - 1)];
     clearTimeout(this.#timer);

@@ -3,6 +3,7 @@
 // A tab works on its own copy of a document. What it last read or wrote in the browser is the base for merging with
 // other tabs; what the server last had is the base for merging with the server, where another browser may have saved.
 
+import { nodeOf } from "./conversation.js";
 import { merge } from "./merge.js";
 import * as server from "./server.js";
 
@@ -41,6 +42,12 @@ export class Library {
     if (!record || record.deleted) return null;
     this.#seen.set(id, record);
     return record.doc;
+  }
+
+  /** Whether the server has this node, as far as is known here. */
+  async isOnServer(id, nodeId) {
+    const record = await this.#store.get(id);
+    return Boolean(record?.base && nodeOf(record.base, nodeId));
   }
 
   /** Keeps this tab's document in the browser, merged with what another tab wrote; later it is sent. */
@@ -99,11 +106,11 @@ export class Library {
   /** Reads what the server has and this browser lacks, or has in an older version. */
   async fetch() {
     const here = new Map((await this.#store.all()).map((record) => [record.id, record]));
-    for (const { id, changed } of (await server.listConversations()) ?? []) {
+    for (const { id, revision } of (await server.listConversations()) ?? []) {
       const record = here.get(id);
-      if (record?.deleted || (record && record.changed === changed)) continue;
+      if (record && (record.deleted || record.base?.revision === revision)) continue;
       const theirs = await server.getConversation(id);
-      if (theirs) await this.#inTurn(() => this.#receive(id, theirs, changed));
+      if (theirs) await this.#inTurn(() => this.#receive(id, theirs));
     }
     this.#page.listed();
   }
@@ -121,7 +128,7 @@ export class Library {
       await this.#inTurn(() => this.#confirm(id, record, { ...record.doc, revision: answer.revision }));
     } catch (error) {
       if (error.status !== 409) throw error;
-      const theirs = error.body?.nodes ? error.body : await server.getConversation(id);
+      const theirs = await server.getConversation(id);
       await this.#inTurn(() => this.#receive(id, theirs));
       await this.#sendOne(id);
     }
@@ -131,20 +138,20 @@ export class Library {
   async #confirm(id, sent, base) {
     const record = await this.#store.change(
       id,
-      (now) => now && { ...now, base, changed: undefined, unsent: now.deleted || now.writes !== sent.writes },
+      (now) => now && { ...now, base, unsent: now.deleted || now.writes !== sent.writes },
     );
     if (record && this.#seen.get(id)?.writes === record.writes - 1) this.#seen.set(id, record);
   }
 
   /** The server has another document than we thought: ours becomes both. */
-  async #receive(id, theirs, changed) {
+  async #receive(id, theirs) {
     let met = null;
     const record = await this.#store.change(id, (now) => {
       met = null;
-      if (!now) return { id, doc: theirs, base: theirs, unsent: false, deleted: false, changed };
+      if (!now) return { id, doc: theirs, base: theirs, unsent: false, deleted: false };
       if (now.deleted) return now;
       if (now.base?.revision !== theirs.revision) met = { ...merge(now.base, now.doc, theirs), unsent: now.unsent };
-      return { ...now, doc: met?.doc ?? now.doc, base: theirs, changed };
+      return { ...now, doc: met?.doc ?? now.doc, base: theirs };
     });
     if (!met) return;
     this.#channel.postMessage(id);

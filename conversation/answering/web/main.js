@@ -41,7 +41,6 @@ const library = new Library(store, {
   sent: (error) => {
     status.setKept(error);
     if (error?.status === 0) connection.check();
-    if (error?.status === 401) askForKey();
   },
   listed: () => renderShelf(),
 });
@@ -50,7 +49,6 @@ const gains = new Gains();
 const prefetch = new Prefetch((id) => reader.doc?.current === id && reading.render());
 prefetch.enabled = settings.prefetch;
 const undo = new Undo();
-const picks = []; // that the server does not know yet
 
 const reader = new Reader({
   library,
@@ -59,23 +57,14 @@ const reader = new Reader({
   undo,
   say: { announce, notify },
   changed: (how) => render(how),
-  counted: (...pick) => {
-    picks.push(pick);
-    sendPicks();
-  },
+  countPicked: async (id, node, choice) =>
+    (await library.isOnServer(id, node)) ? server.countPicked(id, node, choice).catch(unlessServer) : null,
 });
 
-/** Tells the server which choices were picked, each once, when the conversation is there. */
-async function sendPicks() {
-  while (picks.length) {
-    const [id, node, choice] = picks[0];
-    try {
-      await server.countPicked(id, node, choice);
-    } catch (error) {
-      if (error.status === 0) return; // later, when it is back
-    }
-    picks.shift();
-  }
+/** For what may fail on the server without harm. */
+function unlessServer(error) {
+  if (!(error instanceof server.ServerError)) throw error;
+  return null;
 }
 
 // --- the views ----------------------------------------------------------------------------------------------------------
@@ -128,8 +117,9 @@ const actions = {
   },
 
   async search() {
-    const records = await library.list();
-    const hit = await openSearch(records.map((record) => record.doc).sort((a, b) => (b.id === reader.doc?.id) - (a.id === reader.doc?.id)));
+    const isOpen = ({ id }) => Number(id === reader.doc?.id);
+    const docs = library.list().then((records) => records.map(({ doc }) => doc).sort((a, b) => isOpen(b) - isOpen(a)));
+    const hit = await openSearch(docs);
     if (!hit) return;
     if (hit.doc.id !== reader.doc?.id) await openConversation(hit.doc.id, hit.node.id);
     else reader.go(hit.node.id);
@@ -150,8 +140,8 @@ const actions = {
       notify([`Saved as ${path}.`, ...(warnings ?? [])].join(" "), { topic: "saved", kind: "error" });
     } catch (error) {
       const { problems } = error.body?.error ?? {};
-      if (problems) sayProblems(error.message, problems);
-      else notify(`${error.message} ${error.hint ?? ""}`, { kind: "error" });
+      if (problems) sayProblems(server.sentences({ message: error.message }), problems, server.sentences({ hint: error.hint }));
+      else notify(server.sentences(error), { kind: "error" });
     }
   },
 
@@ -262,25 +252,11 @@ const connection = new Connection(async (state, before) => {
     composer.render();
     await library.fetch();
   } catch (error) {
-    if (error.status === 401) askForKey();
-    else if (!(error instanceof server.ServerError)) throw error;
+    unlessServer(error);
+    if (error.status === 401) notify("The server's key is another one now.", { kind: "error", topic: "key", action: { label: "Log in", run: () => location.reload() } });
   }
   await library.send();
-  sendPicks();
 });
-
-let asking = false;
-
-async function askForKey() {
-  if (asking) return;
-  asking = true;
-  const key = await askForText({ title: "This server asks for a key", label: "API key", type: "password", button: "Use it" });
-  asking = false;
-  if (!key) return;
-  server.apiKey.set(key);
-  connection.state = "unknown";
-  connection.check();
-}
 
 // --- begin --------------------------------------------------------------------------------------------------------------
 

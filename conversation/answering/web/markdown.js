@@ -19,7 +19,7 @@ import { ImportProblem } from "./tree_file.js";
 
 const SPECIAL = /[\\`*_{}[\]<>()#+!|~&-]/g;
 const escape = (text) => text.replace(SPECIAL, "\\$&").replace(/^(\d+)\./, "$1\\.");
-const unescape = (text) => text.replace(/\\([^\w\s])/g, "$1");
+const unescape = (text) => text.replace(/\\([^A-Za-z0-9\s])/g, "$1");
 
 const MARKS = [
   ["draft", (node) => node.state === "draft", { state: "draft" }],

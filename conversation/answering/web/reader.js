@@ -2,16 +2,22 @@
 
 import * as tree from "./conversation.js";
 import { RunningAnswer } from "./running_answer.js";
+import { sentences } from "./server.js";
 import { undone } from "./undo.js";
 
-/** `say` has notify and announce; `changed({focus})` is called after every change, with whether to move the focus. */
+const anySeed = () => Math.floor(Math.random() * 2 ** 31);
+
+/**
+ * `say` has notify and announce; `changed({focus})` is called after every change, with whether to move the focus;
+ * `countPicked(id, node, choice)` tells the server, and gives its counts or null.
+ */
 export class Reader {
   doc = null;
   #running = new Map(); // node id -> RunningAnswer
   #visited = new Map(); // node id -> the child that was read last
 
-  constructor({ library, prefetch, gains, undo, say, changed, counted }) {
-    Object.assign(this, { library, prefetch, gains, undo, say, changed, counted });
+  constructor({ library, prefetch, gains, undo, say, changed, countPicked }) {
+    Object.assign(this, { library, prefetch, gains, undo, say, changed, countPicked });
   }
 
   get node() {
@@ -54,9 +60,10 @@ export class Reader {
     this.#send(tree.newNode(this.node.id, question));
   }
 
-  #begin(question) {
+  #begin(question, seed = null) {
+    this.prefetch.leave();
     this.doc = tree.newConversation(question);
-    this.#receive(this.node, { asked: performance.now(), prefetched: false });
+    this.#receive(this.node, { seed });
   }
 
   /** Follows a choice of the current node: to the answer that is there, the one that was prefetched, or a new one. */
@@ -65,10 +72,20 @@ export class Reader {
     if (!node?.choices[place]) return;
     const asked = performance.now();
     const children = tree.childrenOf(this.doc, node.id).filter((child) => child.from_choice === place);
-    this.counted(this.doc.id, node.id, place);
+    this.#count(node.id, place);
     if (children.length) return this.go(this.#lastVisited(children));
     const child = tree.newNode(node.id, node.choices[place].text, place);
-    this.#send(child, this.prefetch.take(node, place), asked);
+    this.#send(child, { ahead: this.prefetch.take(node, place), asked });
+  }
+
+  /** Counts a pick: on the server, or here, if it does not know the node yet or is away. */
+  async #count(nodeId, place) {
+    const { id } = this.doc;
+    const { picked } = (await this.countPicked(id, nodeId, place)) ?? {};
+    if (this.doc?.id !== id || !tree.nodeOf(this.doc, nodeId)) return;
+    const before = tree.nodeOf(this.doc, nodeId).picked;
+    this.doc = tree.changeNode(this.doc, nodeId, { picked: picked ?? before.map((count, i) => count + (i === place)) });
+    this.library.save(this.doc);
   }
 
   /** Asks the current question again; the new answer stands beside the old one, or replaces a draft. */
@@ -77,11 +94,11 @@ export class Reader {
     if (!node || this.running(node.id)) return;
     if (node.state === "draft") {
       this.#change(tree.changeNode(this.doc, node.id, { fragments: [], choices: [] }));
-      this.#receive(this.node, { asked: performance.now() });
+      this.#receive(this.node, {});
     } else if (tree.isRoot(node)) {
-      this.#begin(node.question);
+      this.#begin(node.question, anySeed());
     } else {
-      this.#send(tree.newNode(node.parent, node.question, node.from_choice));
+      this.#send(tree.newNode(node.parent, node.question, node.from_choice), { seed: anySeed() });
     }
   }
 
@@ -93,17 +110,17 @@ export class Reader {
     this.#send(tree.newNode(parent.id, question, tree.choiceWithText(parent, question)));
   }
 
-  #send(node, ahead = null, asked = performance.now()) {
-    if (!ahead) this.prefetch.leave();
+  #send(node, how = {}) {
+    if (!how.ahead) this.prefetch.leave();
     this.doc = tree.goTo(tree.withNode(this.doc, node), node.id);
-    this.#receive(node, { ahead, asked });
+    this.#receive(node, how);
   }
 
-  /** Fills a node with an answer as it arrives. `ahead` is one that was prefetched. */
-  #receive(node, { ahead = null, asked }) {
+  /** Fills a node with an answer as it arrives. `ahead` is one that was prefetched, `asked` when the reader asked. */
+  #receive(node, { ahead = null, seed = null, asked = performance.now() }) {
     const { id } = this.doc;
     const history = node.parent === null ? [] : tree.historyBelow(this.doc, node.parent);
-    const running = ahead ?? new RunningAnswer({ question: node.question, history, prefetch: false });
+    const running = ahead ?? new RunningAnswer({ question: node.question, history, prefetch: false, seed });
     this.#running.set(node.id, running);
     running.listener = () => this.#take(id, node.id, running, { asked, prefetched: Boolean(ahead) });
     this.#visited.set(node.parent, node.id);
@@ -140,7 +157,7 @@ export class Reader {
       const list = choices.map(({ text, confidence }, i) => `${i + 1}: ${text} ${Math.round(confidence * 100)} percent.`);
       this.say.announce(`Follow-ups. ${list.join(" ")}`);
     }
-    if (error) this.say.announce(`${error.message} ${error.hint}`);
+    if (error) this.say.announce(sentences(error));
   }
 
   /** A model without chance gives the same answer twice: then the older one is enough. */

@@ -3,6 +3,7 @@
 import * as tree from "./conversation.js";
 import { correctionForm } from "./correction.js";
 import { byId, h, icon } from "./dom.js";
+import { sentences } from "./server.js";
 
 const STARTERS = ["What's a monad?", "CAP theorem?", "Explain recursion.", "What's a mutex?", "What's solipsism?"];
 
@@ -168,7 +169,7 @@ export class Reading {
 
   #unfinished(node) {
     const error = this.reader.problemOf(node.id);
-    const text = error ? `${error.message} ${error.hint}` : "This answer is not whole. It is kept as a draft.";
+    const text = error ? sentences(error) : "This answer is not whole. It is kept as a draft.";
     const again = h("button", { class: "outline", type: "button", "data-key": "again", on: { click: () => this.reader.askAgain() } }, icon("again"), "Ask again");
     return h("div", { class: "unfinished" }, h("p", {}, text), again);
   }

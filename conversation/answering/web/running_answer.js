@@ -15,7 +15,7 @@ export class RunningAnswer {
   listener = () => {};
   #controller = new AbortController();
 
-  /** `prompt` is {question, history, prefetch}. */
+  /** `prompt` as server.answer takes it. */
   constructor(prompt) {
     this.prompt = prompt;
     this.finished = this.#run();
@@ -53,7 +53,7 @@ export class RunningAnswer {
         for await (const { event, data } of server.answer(this.prompt, this.#controller.signal)) this.#take(event, data);
         return;
       } catch (error) {
-        if (error.status !== 429 || this.prompt.prefetch || tries === MOST_TRIES || this.over) throw error;
+        if (![429, 503].includes(error.status) || this.prompt.prefetch || tries === MOST_TRIES || this.over) throw error;
         this.#become("waiting");
         await pause(1000 * (error.retryAfter || tries), this.#controller.signal);
       }

@@ -24,8 +24,9 @@ export function search(docs, query) {
 
 const wordsOf = (query) => query.toLowerCase().split(/\s+/).filter(Boolean);
 
-/** Opens the search over `docs`; gives the hit that was picked, or null. */
-export function openSearch(docs) {
+/** Opens the search over a promise of documents; gives the hit that was picked, or null. */
+export function openSearch(coming) {
+  let docs = [];
   let hits = [];
   let at = 0;
   const input = h("input", {
@@ -71,6 +72,10 @@ export function openSearch(docs) {
       });
       list.hidden = true;
       input.focus();
+      coming.then((all) => {
+        docs = all;
+        update();
+      });
     },
   });
 }

@@ -8,17 +8,16 @@ export class ServerError extends Error {
   }
 }
 
-const KEY = "api-key";
+/** What went wrong and what to do, as sentences. */
+export const sentences = ({ message, hint }) => [message, hint].filter(Boolean).map(sentence).join(" ");
 
-/** The key that a server on a network asks for; kept until the tab closes. */
-export const apiKey = {
-  get: () => sessionStorage.getItem(KEY),
-  set: (key) => sessionStorage.setItem(KEY, key),
-};
+function sentence(text) {
+  const line = text.trim();
+  return line[0].toUpperCase() + line.slice(1) + (/[.!?]$/.test(line) ? "" : ".");
+}
 
 async function request(method, path, { body, signal } = {}) {
   const headers = body === undefined ? {} : { "Content-Type": "application/json" };
-  if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
   let response;
   try {
     response = await fetch(path, { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body) });
@@ -50,11 +49,11 @@ export const saveTrainingTree = (id, leaveOut) =>
 export const countPicked = (id, node, choice) => json("POST", `${conversation(id)}/picked`, { body: { node, choice } });
 
 /**
- * Asks the model. Yields {event: "fragment" | "choice" | "done", data} as each arrives, ends after "done".
+ * Asks the model; `prompt` is {question, history, prefetch, seed}, with a seed for an answer that is to differ. Yields {event: "fragment" | "choice" | "done", data} as each arrives, ends after "done".
  * Raises ServerError, also when the answer breaks off, and AbortError when `signal` was given up.
  */
-export async function* answer({ question, history, prefetch }, signal) {
-  const response = await request("POST", "api/answer", { body: { question, history, prefetch }, signal });
+export async function* answer(prompt, signal) {
+  const response = await request("POST", "api/answer", { body: prompt, signal });
   for await (const { event, data } of events(response.body)) {
     if (event === "error") throw new ServerError(data.error?.message ?? "The answer failed.", { hint: data.error?.hint, status: 500 });
     yield { event, data };

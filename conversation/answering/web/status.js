@@ -15,11 +15,12 @@ export class Status {
   }
 
   setConnection(state, model) {
-    this.#light.className = `light ${state === "ok" ? "" : state === "away" ? "away" : "loading"}`;
+    this.#light.className = `light ${{ ok: "", away: "away", failed: "away" }[state] ?? "loading"}`;
     this.#light.textContent = {
       ok: model || "Ready",
       loading: `Loading ${model || "the model"}`,
       away: "No server. Everything is kept in this browser.",
+      failed: "The model could not be loaded. The server's console says why.",
       unknown: "Connecting",
     }[state];
   }
