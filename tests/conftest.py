@@ -14,7 +14,7 @@ import pytest
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
 from conversation_config import FUNCTION_GEMMA
 
-pytest_plugins = ["scripts_at_work"]
+pytest_plugins = ["scripts_at_work", "page_browser"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 INPUTS = PROJECT / "tests" / "inputs"  # small inputs that failed once, and lines with hard contents

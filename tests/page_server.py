@@ -1,6 +1,6 @@
 """A server for the tests of the page: the API that the page uses, with an engine that answers from the project's trees.
 
-    python tests/answering/page_server.py PORT FOLDER [--pause SECONDS]
+    python tests/page_server.py PORT FOLDER [--pause SECONDS]
 
 It answers a question that stands in a tree as the tree does, and any other by a fixed pattern, a value every `pause`
 seconds. Words in a question change that: "broken" breaks off after a fragment, "failing" is refused by the engine,
@@ -18,7 +18,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[1]
 WEB = PROJECT / "conversation" / "answering" / "web"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 TREES = ("conversation_trees/systems/bgp_routing", "core_trees/systems/mutex")
