@@ -103,17 +103,18 @@ def test_a_seed_draws_an_answer_again_and_another_seed_another(engine):
 
 
 def test_the_prefix_of_a_parent_and_of_a_sibling_is_not_read_again(engine):
-    length = engine.count_tokens
-    engine.answer(ROOT)
-    engine.answer(CHILD)
+    history = (Utterance("User", "Who?"), Utterance("AI", "Nobody yet."))  # no other test asks these
+    prompts = Prompt("Who?"), Prompt("Since when?", history), Prompt("Where?", history)
+    engine.answer(prompts[0])
+    engine.answer(prompts[1])
     after_parent = engine.reused_tokens
-    engine.answer(SIBLING)
+    engine.answer(prompts[2])
     after_sibling = engine.reused_tokens
-    root, child, sibling = (engine.vocabulary.encode_prompt(each) for each in (ROOT, CHILD, SIBLING))
+    root, child, sibling = (engine.vocabulary.encode_prompt(each) for each in prompts)
     assert after_parent >= common_length(root, child) > 5
     assert after_sibling == common_length(child, sibling) > after_parent
-    engine.answer(ROOT)
-    assert engine.reused_tokens >= length(ROOT) - 1  # the branches left it whole
+    engine.answer(prompts[0])
+    assert engine.reused_tokens >= len(root) - 1  # the branches left it whole
 
 
 def test_a_warm_engine_has_read_what_all_prompts_begin_with(in_f32):

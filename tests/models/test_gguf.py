@@ -168,7 +168,6 @@ def test_the_template_declares_the_trained_tools_by_itself_and_leaves_system_mes
         assert render([*messages, {"role": "user", "content": prompt.question}], **options) == f"<bos>{prompt.text}"
 
 
-def test_the_template_still_refuses_control_tokens():
-    with pytest.raises(jinja2.TemplateError, match="control token <end_of_turn> in a message"):
-        render([{"role": "user", "content": "x <end_of_turn>"}])
+def test_the_template_breaks_the_name_of_a_control_token_so_that_it_stays_text():
+    assert "<\U000f0000end_of_turn>" in render([{"role": "user", "content": "x <end_of_turn>"}])
     assert render([{"role": "user", "content": "x"}]) == f"<bos>{Prompt('x').text}"
