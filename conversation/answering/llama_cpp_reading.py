@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from conversation.answering.prefix_cache import KEPT, Full
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import CONTROL_PATTERN, CONTROL_TOKENS, ESCAPE, FORMAT_TOKENS, Control
-from conversation.models.llama_cpp import NORMAL, USER_DEFINED, LlamaModel
+from conversation.models.llama_cpp import CONTROL, NORMAL, USER_DEFINED, LlamaModel
 from conversation.runs.files import shown
 
+_NAME = re.compile(r"<[^<>]+>")
 SEQUENCES = KEPT + 4
 """Those that are kept, and those of an answer under way."""
 
@@ -40,6 +42,9 @@ class GgufVocabulary:
         self.plain = [
             token for token, kind in enumerate(kinds) if kind & (NORMAL | USER_DEFINED) and token not in control
         ]
+        self._further = {
+            names[token]: token for token, kind in enumerate(kinds) if kind & CONTROL and token not in control
+        }
 
     def encode(self, pieces: Sequence[str]) -> list[int]:
         ids: list[int] = []
@@ -51,9 +56,17 @@ class GgufVocabulary:
         return ids
 
     def _encode_text(self, text: str) -> list[int]:
-        """As `models.tokenizer.encode`: the name of a control token is encoded in two parts."""
+        """As `models.tokenizer.encode`: the name of a control token is encoded in two parts. The names of further
+        special tokens, `<unused7>` for one, become those tokens, as the tokenizers library does it."""
         cuts = [0, *(found.start() + 1 for found in CONTROL_PATTERN.finditer(text)), len(text)]
-        return [token for start, end in itertools.pairwise(cuts) for token in self._model.tokenize(text[start:end])]
+        ids: list[int] = []
+        for start, end in itertools.pairwise(cuts):
+            for found in _NAME.finditer(text, start, end):
+                if (named := self._further.get(found[0])) is not None:
+                    ids += [*self._model.tokenize(text[start : found.start()]), named]
+                    start = found.end()
+            ids += self._model.tokenize(text[start:end])
+        return ids
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         return [self._model.bos, *self.encode(prompt.pieces())]

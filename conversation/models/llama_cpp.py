@@ -24,7 +24,7 @@ from conversation.runs.files import shown
 
 VERSION = "2026.10.11549"
 INSTALL = f"install it: .venv/bin/python -m pip install xllamacpp=={VERSION}"
-NORMAL, USER_DEFINED = 1 << 2, 1 << 4
+NORMAL, CONTROL, USER_DEFINED = 1 << 2, 1 << 3, 1 << 4
 """Attributes of tokens, llama.h's enum llama_token_attr."""
 GGML_F32 = 0
 NO_FLASH_ATTENTION = 0
@@ -186,7 +186,7 @@ class LlamaModel:
     """The model of a GGUF file, read by llama.cpp. Raises UserError when it cannot be loaded."""
 
     def __init__(self, path: Path):
-        self._context = None
+        self._context = self._memory = None
         self._library = llama = library()
         _errors.clear()
         self._model = llama.llama_model_load_from_file(os.fsencode(path), llama.llama_model_default_params())
@@ -264,7 +264,7 @@ class LlamaModel:
         """Read at most 512 tokens into a sequence, from the position `start`. Returns the logits [vocabulary] after
         the last; None when the memory is full (then nothing was read)."""
         count = len(ids)
-        sequence_id = (c_int32 * 1)(sequence)
+        sequence_id = ctypes.pointer(c_int32(sequence))
         batch = _Batch(
             count,
             (c_int32 * count)(*ids),
