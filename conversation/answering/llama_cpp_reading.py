@@ -47,12 +47,14 @@ class GgufVocabulary:
         }
 
     def encode(self, pieces: Sequence[str]) -> list[int]:
+        typed = any(CONTROL_PATTERN.search(piece) for piece in pieces if not isinstance(piece, Control))
         ids: list[int] = []
         for is_control, run in itertools.groupby(pieces, lambda piece: isinstance(piece, Control)):
             if is_control:
                 ids += [self._ids[piece] for piece in run]
-            else:
-                ids += self._encode_text("".join(run))
+            else:  # as `models.tokenizer.encode`: neighbours as one text, unless a control token was typed somewhere
+                for text in run if typed else ["".join(run)]:
+                    ids += self._encode_text(text)
         return ids
 
     def _encode_text(self, text: str) -> list[int]:
