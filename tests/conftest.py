@@ -78,6 +78,13 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
     vocabulary = content["model"]["vocab"]
     for byte in range(256):
         vocabulary.setdefault(f"<0x{byte:02X}>", len(vocabulary))
+    content["model"]["merges"] = [  # as in Gemma's: every pair that makes a token, in the order of the ids
+        [name[:cut], name[cut:]]
+        for name in sorted(vocabulary, key=vocabulary.__getitem__)
+        if name not in special
+        for cut in range(1, len(name))
+        if name[:cut] in vocabulary and name[cut:] in vocabulary
+    ]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         bos_token="<bos>",

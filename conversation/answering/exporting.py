@@ -120,7 +120,8 @@ class Exporter:
     def _check_ids(self, engine: GrammarEngine) -> None:
         """Raises UserError unless llama.cpp encodes every text as the training did."""
         prompts = [case.prompt for case in (*THREE_CASES, *self._questions)]
-        pairs = [(encode_prompt(self._tokenizer, prompt), prompt, ()) for prompt in prompts]
+        pairs: list[tuple[list[int], Prompt, list[str]]]
+        pairs = [(encode_prompt(self._tokenizer, prompt), prompt, []) for prompt in prompts]
         pairs += [
             (list(encode_example(self._tokenizer, each).ids), each.prompt, each.answer.pieces())
             for each in self._examples

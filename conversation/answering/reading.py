@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -75,7 +75,8 @@ class TransformersMemory:
     def copy(self, length: int) -> TransformersMemory:
         """Shares what it has in common with this one: reading on makes new tensors, and changes none."""
         cache = DynamicCache()
-        for number, layer in enumerate(self._cache.layers):
+        layers: list[Any] = self._cache.layers  # each is a DynamicLayer: the cache was made without a config
+        for number, layer in enumerate(layers):
             cache.update(layer.keys[..., :length, :], layer.values[..., :length, :], number)
         return TransformersMemory(self._model, cache)
 

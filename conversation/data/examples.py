@@ -95,7 +95,7 @@ def _kind_of_text(data: bytes) -> str | None:
 
 @dataclass
 class TrainingData:
-    """What was read. `places[i]` says where `examples[i]` stands: the file, and its line or node.
+    """What was read. `places[i]` says where `examples[i]` stands: the file, and its line, row or node.
 
     `same_root`: for each other wording of a root question, its first wording. `unusable`: what could not be read.
     """

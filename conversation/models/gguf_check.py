@@ -18,13 +18,14 @@ LARGEST_ERROR = {
     Type.F32: 0.0,
     Type.F16: 2**-11,
     Type.Q8_0: 1 / 220,
-    Type.Q6_K: 1 / 24,
-    Type.Q5_1: 1 / 14,
+    Type.Q6_K: 1 / 20,
+    Type.Q5_1: 1 / 28,
     Type.Q5_0: 1 / 14,
-    Type.Q4_K: 1 / 6,
+    Type.Q4_K: 1 / 5,
 }
 """The largest error that a type may make, as a share of the largest value of a block (one value where a type has no
-blocks): half a step of its scale, and room for the rounding of the scale itself."""
+blocks): half a step of its scale, and room for the rounding of the scale itself. Q5_0 has a whole step at one end. The
+K types choose their scales by the squared error, so that theirs have no bound: what was seen, and a fifth more."""
 ROWS = 8192
 SMALLEST = {Type.F16: 2**-24}
 SMALLEST_OF_A_BLOCK = 2**-18

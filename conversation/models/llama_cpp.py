@@ -186,7 +186,7 @@ class LlamaModel:
     """The model of a GGUF file, read by llama.cpp. Raises UserError when it cannot be loaded."""
 
     def __init__(self, path: Path):
-        self._context = None
+        self._context = self._memory = None
         self._library = llama = library()
         _errors.clear()
         self._model = llama.llama_model_load_from_file(os.fsencode(path), llama.llama_model_default_params())
@@ -264,7 +264,7 @@ class LlamaModel:
         """Read at most 512 tokens into a sequence, from the position `start`. Returns the logits [vocabulary] after
         the last; None when the memory is full (then nothing was read)."""
         count = len(ids)
-        sequence_id = (c_int32 * 1)(sequence)
+        sequence_id = ctypes.pointer(c_int32(sequence))
         batch = _Batch(
             count,
             (c_int32 * count)(*ids),
