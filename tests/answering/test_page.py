@@ -286,6 +286,7 @@ def test_search_finds_words_anywhere_and_leads_to_the_place(page):
     page.fill("[role=combobox]", "nothing like it")
     page.get_by_text("Nothing found").wait_for()
     press(page, "Escape")
+    assert page.locator("dialog").count() == 0
     arrived(page, SECOND)
 
 

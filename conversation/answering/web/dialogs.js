@@ -8,6 +8,7 @@ import { h, icon } from "./dom.js";
  */
 export function openDialog({ title, body, buttons = [], className = "", start = () => {} }) {
   const before = document.activeElement;
+  const fillsIn = body.some((element) => element.matches("input") || element.querySelector("input")); // else it is to scroll
   return new Promise((resolve) => {
     const close = (value = null) => {
       if (!dialog.open) return;
@@ -29,7 +30,7 @@ export function openDialog({ title, body, buttons = [], className = "", start = 
         h("h2", { id: "dialog-title" }, title),
         h("button", { type: "button", class: "plain", "aria-label": "Close", on: { click: () => close() } }, icon("close")),
       ),
-      h("div", { class: "dialog-body", tabindex: "-1" }, ...body),
+      h("div", { class: "dialog-body", tabindex: fillsIn ? "-1" : "0", role: "group", "aria-labelledby": "dialog-title" }, ...body),
       foot.length > 0 && h("div", { class: "dialog-foot" }, ...foot),
     );
     const solid = buttons.find((button) => button.solid);
@@ -42,7 +43,7 @@ export function openDialog({ title, body, buttons = [], className = "", start = 
     });
     document.body.append(dialog);
     dialog.showModal();
-    (solid ? dialog.querySelector("input, .solid") : dialog.querySelector(".dialog-body")).focus();
+    dialog.querySelector(fillsIn ? "input" : ".dialog-body").focus();
     start(close);
   });
 }

@@ -119,7 +119,7 @@ export class Library {
     const record = await this.#store.get(id);
     if (!record?.unsent) return;
     if (record.deleted) {
-      await server.deleteConversation(id).catch(unlessMissing);
+      if (record.base) await server.deleteConversation(id).catch(unlessMissing);
       await this.#inTurn(() => this.#store.change(id, (now) => (now?.deleted ? undefined : now)));
       return;
     }

@@ -265,7 +265,7 @@ const [id, node] = addressed();
 const opened = id && (await openConversation(id, node, { focus: false }));
 if (!opened) {
   render();
-  composer.focus();
+  if (matchMedia("(hover: hover)").matches) composer.focus(); // on a touch screen that would open the keyboard
 }
 renderShelf();
 await connection.check();

@@ -1,29 +1,44 @@
-// The shelf and the map on narrow screens: panels that a button opens over the page, and Escape closes.
+// The shelf and the map on narrow screens: panels that a button opens over the page, one at a time. Escape closes them.
 
 import { byId } from "./dom.js";
+
+const open = new Set(); // the panels that are open
 
 /** `open()` and `close()` for a panel with its button; on wide screens it is always there and both do little. */
 export function panel(panelId, buttonId) {
   const [place, button] = [byId(panelId), byId(buttonId)];
-  const isOpen = () => place.hasAttribute("data-open");
   const covers = () => getComputedStyle(place).position === "fixed";
-  const open = () => {
-    place.toggleAttribute("data-open", true);
-    button.setAttribute("aria-expanded", "true");
-    if (covers()) place.querySelector("button, [tabindex='0']")?.focus();
+  const show = (is) => {
+    place.toggleAttribute("data-open", is);
+    button.setAttribute("aria-expanded", String(is));
   };
-  const close = () => {
-    if (!isOpen()) return;
-    const inside = place.contains(document.activeElement);
-    place.toggleAttribute("data-open", false);
-    button.setAttribute("aria-expanded", "false");
-    if (inside && covers()) button.focus();
+  const self = {
+    open() {
+      for (const other of open) if (other !== self) other.close();
+      open.add(self);
+      show(true);
+      if (covers()) place.querySelector("button, [tabindex='0']")?.focus();
+    },
+    close() {
+      if (!open.delete(self)) return;
+      const inside = place.contains(document.activeElement);
+      show(false);
+      if (inside && covers()) button.focus();
+    },
+    covers: () => open.has(self) && covers(),
   };
-  button.addEventListener("click", () => (isOpen() ? close() : open()));
-  place.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || !isOpen() || !covers()) return;
-    event.preventDefault();
-    close();
-  });
-  return { open, close };
+  button.addEventListener("click", () => (open.has(self) ? self.close() : self.open()));
+  return self;
 }
+
+document.addEventListener(
+  "keydown",
+  (event) => {
+    const top = [...open].find((each) => each.covers());
+    if (event.key !== "Escape" || !top || document.querySelector("dialog[open], :popover-open")) return;
+    event.preventDefault();
+    event.stopPropagation();
+    top.close();
+  },
+  { capture: true },
+);

@@ -30,7 +30,8 @@ export function openSearch(coming) {
   let hits = [];
   let at = 0;
   const input = h("input", {
-    type: "search",
+    type: "text", // Escape would clear a search field instead of closing the dialog
+    enterkeyhint: "search",
     role: "combobox",
     "aria-label": "Search all conversations",
     "aria-controls": "hits",
@@ -44,6 +45,7 @@ export function openSearch(coming) {
 
   return openDialog({
     title: "Search",
+    className: "at-top",
     body: [input, list, found],
     start: (close) => {
       const select = (place) => {

@@ -36,6 +36,9 @@ export class Status {
     if (!summary?.prefetched) return;
     const { prefetched, wait, saved } = summary;
     const other = wait.asked === null ? "" : ` instead of ${seconds(wait.asked)}`;
-    this.#gain.textContent = `Fetched ahead: ${prefetched}, there after ${seconds(wait.prefetched)}${other} (median); ${seconds(saved)} not waited`;
+    this.#gain.replaceChildren(
+      `Fetched ahead: ${prefetched}, there after ${seconds(wait.prefetched)}${other}`,
+      h("span", { class: "more" }, ` (median); ${seconds(saved)} not waited`),
+    );
   }
 }
