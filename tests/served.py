@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from conversation.answering.answer_queue import AnswerQueue
 from conversation.answering.guard import Access
-from conversation.answering.listening import listen, run_server
+from conversation.answering.listening import listen
 from conversation.answering.server import Service, make_app
 from conversation.format.calls import FollowUp, Prompt
 from conversation.runs.conversation_files import ConversationFiles
