@@ -7,6 +7,7 @@ a line, with the follow-ups beside it in a field of its own, `follow_ups`. A cal
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -190,13 +191,16 @@ def answer_tokens(engine: Engine, part: str | FollowUp) -> int:
     else:
         values = {"text": part.text, "confidence": part.confidence, "target": part.target}
         pieces = call_pieces(ADD_CHOICE.function, **values)
-    controls = sum(isinstance(piece, Control) for piece in pieces)
-    return controls + sum(_text_tokens(engine, piece) for piece in pieces if not isinstance(piece, Control))
+    runs = itertools.groupby(pieces, lambda piece: isinstance(piece, Control))
+    return sum(len(list(run)) if control else _text_tokens(engine, "".join(run)) for control, run in runs)
 
 
 def _text_tokens(engine: Engine, text: str) -> int:
-    """The tokens of a text, as what a question grows by when it is put between two marks."""
-    return engine.count_tokens(Prompt(f"«{text}»")) - engine.count_tokens(Prompt("«»"))
+    """The tokens of a text, as what a question grows by when it is put between two marks that no token contains."""
+    return engine.count_tokens(Prompt(f"{_MARK}{text}{_MARK}")) - engine.count_tokens(Prompt(f"{_MARK}{_MARK}"))
+
+
+_MARK = "☃"
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------

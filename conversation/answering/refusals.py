@@ -9,7 +9,7 @@ from typing import Any
 from conversation.errors import UserError
 
 OPENAI = "/v1/"
-_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
+_CODES = {400: "invalid_value", 401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 
 
 class Refused(Exception):
