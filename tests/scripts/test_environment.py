@@ -66,7 +66,7 @@ def test_a_place_that_cannot_be_written_is_reported_plainly(prepare, tmp_path):
 
 @pytest.fixture
 def find(tmp_path):
-    """Runs find_python on a PATH that has only the given pythons: name -> (minor version, or None for 3.13 without ensurepip)."""
+    """Runs find_python on a PATH with only these pythons: name -> minor version; None: 3.13 without ensurepip."""
     tools = tmp_path / "tools"
     tools.mkdir()
     bash = shutil.which("bash")
