@@ -25,7 +25,8 @@ from conversation.data.examples import read_jsonl
 from conversation.data.questions import read_held_out
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.comparison import comparison_table, draw_comparison, figures_table
-from conversation.runs.evaluation_record import Evaluation, write_evaluation
+from conversation.runs.console import logged_console
+from conversation.runs.evaluation_record import Evaluation, read_evaluation, write_evaluation
 from conversation.runs.files import find_damage, shown
 from conversation.runs.folder import RunFolder, named_run
 from conversation.runs.lock import locked_folder
@@ -45,9 +46,10 @@ def main() -> int:
         print(f"Plot: {shown(args.output.with_suffix('.png'))}")
         return 0
     if args.model:
-        evaluation = evaluate(args, args.model.resolve(), None, None)
+        folder = args.model.resolve()
+        evaluation = evaluate(args, folder, folder.name)
         write_evaluation(evaluation, args.output)
-        print(f"\n{figures_table({args.model.name: evaluation})}\nWritten: {shown(args.output)}")
+        print(f"\n{figures_table({folder.name: evaluation})}\nWritten: {shown(args.output)}")
         return 0
     run = named_run(args.run_dir)
     record = run.read()
@@ -55,14 +57,14 @@ def main() -> int:
         raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
     if damage := find_damage(run.merged_model, record.merge.files):
         raise UserError(f"the merged model is not the one that was verified: {damage}", "merge it again")
-    if args.resume and run.evaluation.exists():
-        print("The model is evaluated already.")
+    if args.resume and is_evaluated(run):
         return 0
-    with locked_folder(run.path):  # of a published run, too: an evaluation is added to it, and nothing changed
-        evaluation = evaluate(args, run.merged_model, record.base_model.tokenizer_fingerprint, run.training_data)
+    with locked_folder(run.path), logged_console(run.console_log):  # published or not: an evaluation is added
+        fingerprint = record.base_model.tokenizer_fingerprint
+        evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
         write_evaluation(evaluation, run.evaluation)
         write_report(run)
-    print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
+        print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
     return 0
 
 
@@ -82,7 +84,24 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluate(args: argparse.Namespace, folder: Path, fingerprint: str | None, training_data: Path | None) -> Evaluation:
+def is_evaluated(run: RunFolder) -> bool:
+    try:
+        found = read_evaluation(run.evaluation) is not None
+    except UserError as error:
+        print(f"The model is evaluated again: {error}")
+        return False
+    if found:
+        print("The model is evaluated already.")
+    return found
+
+
+def evaluate(
+    args: argparse.Namespace,
+    folder: Path,
+    name: str,
+    fingerprint: str | None = None,
+    training_data: Path | None = None,
+) -> Evaluation:
     """Ask and measure the model of a merged folder. Raises UserError unless it is intact."""
     cases = [case for path in EVALUATION_QUESTIONS for case in read_held_out(path)]
     if args.short:
@@ -96,7 +115,7 @@ def evaluate(args: argparse.Namespace, folder: Path, fingerprint: str | None, tr
 
     print(f"Device: {use_device(args.device)}")
     model, tokenizer = load_verified(folder, fingerprint)
-    return evaluate_model(model, tokenizer, folder.name, cases, training, Decoding(args.decoding), args.short)
+    return evaluate_model(model, tokenizer, name, cases, training, Decoding(args.decoding), args.short)
 
 
 if __name__ == "__main__":

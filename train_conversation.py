@@ -114,7 +114,7 @@ def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
 
 def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
     """Resume a run from its newest intact checkpoint, with the same settings or with more steps."""
-    from conversation.training.checkpoints import choose_checkpoint
+    from conversation.training.checkpoints import choose_checkpoint, drop_newer_checkpoints
     from conversation.training.trainer import build_trainable_model
 
     current = prepared.record()
@@ -130,6 +130,7 @@ def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
         if damage:
             print(f"warning: the training goes on from a checkpoint: {damage}", file=sys.stderr)
     checkpoint = choose_checkpoint(run.checkpoints)
+    drop_newer_checkpoints(run.checkpoints, checkpoint)
     model = build_trainable_model(prepared.base_folder, prepared.config)
     train(run, replace(current, started=record.started, starts=record.starts), prepared, model, checkpoint)
 

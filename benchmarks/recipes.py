@@ -5,9 +5,9 @@
     benchmarks/recipes.py --table                                                    all trials, as a Markdown table
 
 What follows `--` are flags of train_conversation.py. The run folder is training-runs/trials/NAME; a trial that was
-stopped goes on with the same command. The figures are those of evaluate_conversation_model.py: losses by kind of token
-on training examples, on known topics in unseen wording and on unseen topics, and the right answer of five. A question
-counts as known when the training data of the trial has its topic.
+stopped goes on with the same command. The figures are the losses by kind of token of evaluate_conversation_model.py: on
+50 training examples, on known topics in unseen wording and on unseen topics. A question counts as known when the
+training data of the trial has its topic.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def figures(run: RunFolder) -> dict[str, Any]:
     set_up_libraries()
     from peft import PeftModel
 
-    from conversation.answering.knowledge import Scorer, right_of_five
+    from conversation.answering.knowledge import Scorer
     from conversation.models.base_models import find_base_model
     from conversation.models.tokenizer import load_tokenizer
     from conversation.models.weights import load_model
@@ -89,8 +89,6 @@ def figures(run: RunFolder) -> dict[str, Any]:
     }
     for name, cases in sets.items():
         if cases:
-            right = right_of_five(scorer, cases)
-            result[f"right_of_five_{name}"] = [sum(right), len(right)]
             result["losses"][name] = vars(scorer.losses_by_kind([Example(case.prompt, case.answer) for case in cases]))
     return result
 
@@ -109,7 +107,6 @@ def table(trials: list[dict[str, Any]]) -> str:
     names = ("training", "known", "unseen")
     header = ["trial", "steps", "examples", "minutes", "loss at the end"]
     header += [f"fragments, {name}" for name in names] + [f"targets, {name}" for name in names]
-    header += ["right of five: known", "unseen"]
     rows = []
     for trial in trials:
         losses = trial["losses"]
@@ -119,7 +116,6 @@ def table(trials: list[dict[str, Any]]) -> str:
             for kind in ("fragments", "targets")
             for name in names
         ]
-        row += ["{} of {}".format(*trial.get(f"right_of_five_{name}", ("-", 0))) for name in names[1:]]
         rows.append(row)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -6,16 +6,18 @@ source "$project/scripts/environment.sh"
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # left over: a retrain is one process
 root=$project/training-runs/conversation
 stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
-number=0 name='' child='' stopped=0 attempt='' device=''
+number=0 name='' child='' stopped=0 resumed=no before='' attempt='' device=''
 
-# help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note --device
+# help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note whether to resume
+#                         and on which device
 help_or_go_on() {
-    local flag before=''
+    local flag previous=''
     for flag in "$@"; do
-        [ "$before" != --device ] || device=$flag
-        before=$flag
+        [ "$previous" != --device ] || device=$flag
+        previous=$flag
         case "$flag" in
             --device=*) device=${flag#--device=} ;;
+            --resume) resumed=yes ;;
             -h | --help) sed -n -e '1d' -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$project/RETRAIN.sh"; exit 0 ;;
             --run_dir* | --check_data | --json | --attempt)
                 printf 'error: %s is not for RETRAIN.sh\nhint: it goes to train_conversation.py\n' "$flag" >&2
@@ -45,7 +47,7 @@ bookkeeping() {
     (cd "$project" && "$python" -m conversation.runs.publishing "$@")
 }
 
-# one_retrain_at_a_time   take a lock that lasts as long as this shell or a child of it
+# one_retrain_at_a_time   take a lock that lasts as long as this shell or a child of it, then note the newest attempt
 one_retrain_at_a_time() {
     if ! (mkdir -p "$root/attempts" && exec 9<>"$root/attempts/.lock") 2>/dev/null; then
         printf 'error: cannot write into %s\n' "$root" >&2
@@ -54,6 +56,7 @@ one_retrain_at_a_time() {
     fi
     exec 9<>"$root/attempts/.lock" # also for reading: it names its owner
     bookkeeping lock 9
+    before=$(bookkeeping newest)
 }
 
 # run SCRIPT FLAG...   run a script of the project as a child, on the device that was asked for. Ctrl-C, SIGTERM and a
@@ -85,6 +88,8 @@ _failed() { # STATUS
     if [ "$number" -lt 2 ] || { [ -z "$attempt" ] && [ "$1" -eq 2 ]; }; then return 0; fi
     [ -n "$attempt" ] || attempt=$(bookkeeping newest) || true
     [ -n "$attempt" ] || return 0
+    # The training may end before it has made its attempt. Then there is nothing to report.
+    if [ "$number" -eq 2 ] && [ "$resumed" = no ] && [ "$attempt" = "$before" ]; then return 0; fi
     printf '%s RETRAIN.sh: stage %s/%s %s ended with status %s\n' \
         "$(date '+%Y-%m-%d %H:%M:%S')" "$number" "$stages" "$name" "$1" >>"$attempt/console.log" || true
     echo "The attempt stays in $attempt, with its console.log. Earlier published runs are untouched." >&2

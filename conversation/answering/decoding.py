@@ -23,7 +23,7 @@ from conversation_config import MAX_NEW_TOKENS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROMPTS_AT_A_TIME = 16
+PROMPTS_AT_A_TIME = 50
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def generate_answers(
 ) -> list[list[int]]:
     """An answer to each prompt as token ids, up to and including `<end_of_turn>`.
 
-    Greedy and sampled answers are made for at most 16 prompts at a time, and are cut after MAX_NEW_TOKENS tokens. What
+    Greedy and sampled answers are made for at most 50 prompts at a time, and are cut after MAX_NEW_TOKENS tokens. What
     is sampled depends on the seed and on the prompts that are asked together. The other methods ask one by one; their
     answers are valid, with fragments, follow-ups and targets that are all distinct.
     """

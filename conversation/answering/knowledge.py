@@ -118,10 +118,11 @@ def right_of_five(scorer: Scorer, cases: Sequence[HeldOutCase]) -> list[bool]:
 
 
 def _five(case: HeldOutCase, cases: Sequence[HeldOutCase]) -> list[HeldOutCase]:
-    """The case, then four others of its set and kind: those that follow it in the file, around its end."""
+    """The case, then four others of its set and kind, spread over the file."""
     group = [other for other in cases if other.set_name == case.set_name and other.is_root == case.is_root]
     place = group.index(case)
-    return [group[(place + step * 7) % len(group)] for step in range(CANDIDATES)]
+    step = 1 if len(group) % 7 == 0 else 7
+    return [group[(place + i * step) % len(group)] for i in range(CANDIDATES)]
 
 
 def follow_up_ranks(scorer: Scorer, cases: Sequence[HeldOutCase]) -> list[int]:

@@ -57,8 +57,8 @@ def _of_group(model: torch.nn.Module, group: list[TokenSequence], candidates: Se
         logits = states[rows[start : start + ROWS]] @ head.T
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        normaliser = torch.logsumexp(logits.double(), -1, keepdim=True)
-        parts.append((logits.gather(1, columns[start : start + ROWS]).double() - normaliser).cpu())
+        normaliser = torch.logsumexp(logits, -1, keepdim=True)
+        parts.append((logits.gather(1, columns[start : start + ROWS]) - normaliser).double().cpu())
     return list(torch.cat(parts).split([sum(sequence.is_label) for sequence in group]))
 
 

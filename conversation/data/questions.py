@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 
 from conversation.data import strict_json
 from conversation.errors import UserError, list_problems
-from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
+from conversation.format.calls import NUM_FOLLOW_UPS, Answer, FollowUp, Prompt, Utterance
 
 T = TypeVar("T")
+
+QUESTION = '"question": ..., "history": [{"speaker": ..., "text": ...}]'
+CHOICES = '[{"text": ..., "confidence": ..., "target": ...}, ...]'
+CASE = f'"set": ..., "domain": ..., "topic": ..., {QUESTION}, "texts": [...], "choices": {CHOICES}, "followed": ...'
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class HeldOutCase:
     """A question of the evaluation, kept out of all training data, with an answer that a person would accept.
 
     `set_name`: "known" (a trained topic in unseen wording) or "unseen" (a topic that no training text treats).
-    `followed`: the index of the follow-up with which the conversation goes on.
+    `followed`: the index of the follow-up with which the conversation goes on. Raises ValueError for any other number.
     """
 
     set_name: str
@@ -55,6 +59,10 @@ class HeldOutCase:
     answer: Answer
     followed: int
 
+    def __post_init__(self) -> None:
+        if type(self.followed) is not int or not 0 <= self.followed < NUM_FOLLOW_UPS:
+            raise ValueError("followed must be 0, 1 or 2")
+
     @property
     def is_root(self) -> bool:
         return not self.prompt.history
@@ -62,7 +70,7 @@ class HeldOutCase:
 
 def read_held_out(path: Path) -> list[HeldOutCase]:
     """The cases of an evaluation file, JSONL. Raises UserError that lists the lines which are none."""
-    return _read_lines(path, _held_out_case, "cases of an evaluation")
+    return _read_lines(path, _held_out_case, "cases of an evaluation", f"{{{CASE}}}")
 
 
 def read_questions(path: Path) -> list[Case]:
@@ -70,7 +78,11 @@ def read_questions(path: Path) -> list[Case]:
 
     Raises UserError with the lines.
     """
-    return _read_lines(path, lambda value, number: Case(f"question {number}", _prompt(value)), "questions")
+
+    def read(value: dict[str, Any], number: int) -> Case:
+        return Case(f"question {number}", _prompt(value))
+
+    return _read_lines(path, read, "questions", f"{{{QUESTION}}}")
 
 
 def _prompt(value: dict[str, Any]) -> Prompt:
@@ -86,7 +98,8 @@ def _held_out_case(value: dict[str, Any], number: int) -> HeldOutCase:
     return HeldOutCase(value["set"], value["domain"], value["topic"], _prompt(value), answer, value["followed"])
 
 
-def _read_lines(path: Path, read: Callable[[dict[str, Any], int], T], what: str) -> list[T]:
+def _read_lines(path: Path, read: Callable[[dict[str, Any], int], T], what: str, wanted: str) -> list[T]:
+    """What `read` makes of each line's object and number. `wanted`: an object as it should be, for the error."""
     try:
         content = strict_json.decode_utf8(path.read_bytes())
     except OSError as error:
@@ -98,10 +111,9 @@ def _read_lines(path: Path, read: Callable[[dict[str, Any], int], T], what: str)
         try:
             found.append(read(strict_json.loads(line), number))
         except (KeyError, TypeError, AttributeError):
-            wanted = '{"question": ..., "history": [{"speaker": ..., "text": ...}]}'
-            problems.append(f"{path}:{number}: not a question: expected {wanted}")
+            problems.append(f"{path}:{number}: expected {wanted}")
         except ValueError as error:
-            problems.append(f"{path}:{number}: not a question: {error}")
+            problems.append(f"{path}:{number}: {error}")
     if problems:
         raise UserError(f"{len(problems)} lines are no {what}:\n{list_problems(problems)}")
     if not found:

@@ -195,13 +195,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """One training line. Raises ValueError for a question that contains the end of the user's turn."""
+    """One training line. Raises ValueError for a question with the end of the user's turn in it."""
 
     prompt: Prompt
     answer: Answer
 
     def __post_init__(self) -> None:
-        if END_OF_QUESTION in self.prompt.question:
+        # the end may also begin in the question and go on in what is written after it
+        if (self.prompt.question + END_OF_QUESTION).index(END_OF_QUESTION) < len(self.prompt.question):
             raise ValueError(f"the question of a training line cannot contain {END_OF_QUESTION!r}")
 
     @property

@@ -58,18 +58,24 @@ def comparison_table(runs: Sequence[RunFolder]) -> str:
 
     Raises UserError for a folder that is no run.
     """
-    records = {run.path.name: run.read() for run in runs}
+    records = {shown(run.path): run.read() for run in runs}
     settings = [spec.name for spec in dataclasses.fields(next(iter(records.values())).config)]
     different = [name for name in settings if len({getattr(r.config, name) for r in records.values()}) > 1]
     rows = [[f"--{name}", *(str(getattr(r.config, name)) for r in records.values())] for name in different]
     rows += [[text, *(_result(record, field, form) for record in records.values())] for text, field, form in RESULTS]
     parts = [_markdown(["", *records], rows)]
-    evaluations = {run.path.name: each for run in runs if (each := read_evaluation(run.evaluation))}
+    evaluations = _evaluations(runs)
     if evaluations:
         parts.append(figures_table(evaluations))
     if missing := [name for name in records if name not in evaluations]:
         parts.append(f"Not evaluated yet: {', '.join(missing)}.")
     return "\n\n".join(parts)
+
+
+def _evaluations(runs: Sequence[RunFolder]) -> dict[str, Evaluation]:
+    """The evaluations of the runs' present models, by folder. One made before the training went on does not count."""
+    merged = [run for run in runs if run.read().merge]
+    return {shown(run.path): each for run in merged if (each := read_evaluation(run.evaluation))}
 
 
 RESULTS = (
@@ -94,7 +100,7 @@ def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
 
 def draw_comparison(runs: Sequence[RunFolder], path: Path) -> None:
     """The same for several runs. Raises UserError when none of them is evaluated."""
-    evaluations = {run.path.name: each for run in runs if (each := read_evaluation(run.evaluation))}
+    evaluations = _evaluations(runs)
     if not evaluations:
         names = ", ".join(shown(run.path) for run in runs)
         raise UserError(f"none of these runs is evaluated: {names}", "evaluate_conversation_model.py --run_dir RUN")

@@ -33,7 +33,7 @@ def write_report(run: RunFolder) -> None:
         _tests(tests),
         "## Held-out questions",
         _held_out(tests),
-        *_evaluation(run),
+        *_evaluation(run, record),
         "## What it was trained with",
         _settings(record),
         "## Repeat it",
@@ -42,9 +42,12 @@ def write_report(run: RunFolder) -> None:
     write_atomically(run.report, ("\n\n".join(parts) + "\n").encode())
 
 
-def _evaluation(run: RunFolder) -> list[str]:
-    """The section on evaluation.json, with its plot drawn; empty where the model is not evaluated."""
-    evaluation = read_evaluation(run.evaluation)
+def _evaluation(run: RunFolder, record: RunRecord) -> list[str]:
+    """The section on evaluation.json, with its plot drawn; empty where the run's present model is not evaluated."""
+    try:
+        evaluation = read_evaluation(run.evaluation) if record.merge else None
+    except UserError as error:  # it must not prevent the report
+        return ["## What the answers are worth", f"Not shown: {_plain(str(error))}."]
     if evaluation is None:
         return []
     draw_evaluation(evaluation, run.evaluation_plot)
@@ -155,9 +158,9 @@ def _tests(report: AnswersReport | None) -> str:
         return "Not tested."
     parts = []
     for test in report.tests:
-        verdict = "passed" if test.passed else f"FAILED: {test.problem}"
+        verdict = "passed" if test.passed else f"FAILED: {_plain(test.problem or '')}"
         parts.append(f"### {test.name}: {test.question}\n\n{verdict}")
-        parts += [f"- warning: {warning}" for warning in test.warnings]
+        parts += [f"- warning: {_plain(warning)}" for warning in test.warnings]
         parts.append(_verbatim(mark(test.output, test.position)))
     return "\n\n".join(parts)
 
@@ -175,7 +178,7 @@ def _held_out(report: AnswersReport | None) -> str:
         answer = " / ".join(asked.texts or ())
         follow_ups = " / ".join(str(choice["text"]) for choice in asked.choices or ())
         valid = "yes" if asked.passed else asked.problem or "no"
-        rows.append("| " + " | ".join(map(_cell, (asked.question, valid, answer, follow_ups))) + " |")
+        rows.append("| " + " | ".join(map(_plain, (asked.question, valid, answer, follow_ups))) + " |")
     return "\n".join(rows)
 
 
@@ -195,11 +198,11 @@ def _settings(record: RunRecord) -> str:
         "versions": ", ".join(f"{name} {value}" for name, value in environment.versions.items()),
         "started": "; resumed ".join([record.started, *later]),
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(str(value))} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_plain(str(value))} |" for name, value in rows.items())])
 
 
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
+def _plain(text: str) -> str:
+    """Text on one line that Markdown shows as it is, also in the cell of a table."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 

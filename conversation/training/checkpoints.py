@@ -16,6 +16,7 @@ from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.runs.files import cannot_write, file_hashes, find_damage, give_usual_modes, read_json, write_json
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import is_first_process
+from conversation.training.processes import decided_by_first, wait_for_first
 from conversation.training.watch import Watched
 from conversation_config import KEPT_CHECKPOINTS
 
@@ -101,12 +102,15 @@ def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def choose_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None. Reports broken newer ones; the first process removes them."""
-    checkpoint, problems = newest_intact_checkpoint(folder)
-    for problem in problems:
-        print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
+    """The checkpoint to resume from, or None; of several processes the first chooses. Reports broken newer ones."""
+    name = ""
     if is_first_process():
-        drop_newer_checkpoints(folder, checkpoint)
+        found, problems = newest_intact_checkpoint(folder)
+        for problem in problems:
+            print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
+        name = found.name if found else ""
+    name = decided_by_first(name)
+    checkpoint = folder / name if name else None
     print(f"Resuming from {checkpoint.name}." if checkpoint else "No intact checkpoint: starting from the first step.")
     return checkpoint
 
@@ -117,7 +121,12 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def drop_newer_checkpoints(folder: Path, chosen: Path | None) -> None:
-    """Remove the broken checkpoints after the chosen one, so that none is counted or tried again."""
-    found = checkpoints(folder)
-    for path in found[: found.index(chosen) if chosen else None]:
-        shutil.rmtree(path)
+    """Remove the broken checkpoints after the chosen one, so that none is counted or tried again.
+
+    The first process removes them; the others wait.
+    """
+    if is_first_process():
+        found = checkpoints(folder)
+        for path in found[: found.index(chosen) if chosen else None]:
+            shutil.rmtree(path)
+    wait_for_first()

@@ -61,9 +61,13 @@ def test_losses_by_kind_weigh_to_the_loss_of_all(loaded):
     assert sum(getattr(losses, kind) * count for kind, count in counts.items()) == pytest.approx(total, rel=1e-3)
 
 
-def cases(number: int, roots: bool = True) -> list[HeldOutCase]:
+def cases(number: int) -> list[HeldOutCase]:
     found = []
-    for i, word in enumerate(("red", "blue", "green", "dark", "warm", "cold", "long", "thin")[:number]):
+    for i, word in enumerate(
+        [*("red", "blue", "green", "dark", "warm", "cold", "long", "thin"), *map(str, range(8, 99))]
+    ):
+        if i == number:
+            break
         follow_ups = tuple(FollowUp(f"{word} {n}?", f"0.{n}", f"{word}_{n}") for n in (5, 3, 1))
         found.append(HeldOutCase("known", "d", word, Prompt(f"What's {word}?"), Answer((word,), follow_ups), i % 3))
     return found
@@ -87,6 +91,14 @@ def test_the_right_answer_and_follow_up_are_found_by_who_knows_and_not_by_who_do
     oracle.log_probabilities = lambda pairs: [0.0] * len(pairs)
     assert knowledge.right_of_five(oracle, eight) == [False] * 8  # a tie is not an answer
     assert knowledge.follow_up_ranks(oracle, eight) == [8] * 8
+
+
+@pytest.mark.parametrize("size", range(5, 26))
+def test_the_five_candidates_are_five_answers_whatever_the_size_of_the_set(size):
+    group = cases(size)
+    for case in group:
+        five = knowledge._five(case, group)
+        assert five[0] is case and len({other.topic for other in five}) == knowledge.CANDIDATES
 
 
 def test_expected_confidences_are_read_at_the_digit_of_the_tenths(loaded):

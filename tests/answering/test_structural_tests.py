@@ -75,5 +75,5 @@ def test_the_held_out_questions_are_twenty_and_not_in_the_training_data(own_exam
 def test_a_bad_question_file_is_named_with_its_line(tmp_path, line):
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps({"question": "Fine?"}) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=":2: not a question"):
+    with pytest.raises(UserError, match=r"1 lines are no questions:\n.*questions\.jsonl:2: \w"):
         read_questions(path)

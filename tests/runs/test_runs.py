@@ -203,6 +203,16 @@ def test_an_answer_with_backticks_stays_inside_its_fence(tmp_path):
     assert len(fenced) == 3 and "# Heading\n``` in it." in fenced[1]
 
 
+def test_the_problem_of_a_failed_test_is_shown_as_it_is(tmp_path):
+    attempt = finished_attempt(tmp_path)
+    problem, warning = "expected '<escape>', found 'x'", "repeated follow-up: '<b>'"
+    asked = AskedQuestion("fresh topic", "Why?", (), False, problem, 0, (warning,), False, None, None, "x")
+    attempt.write_tests(AnswersReport((asked,), ()))
+    report.write_report(attempt)
+    text = attempt.report.read_text()
+    assert "FAILED: expected '&lt;escape>', found 'x'" in text and "- warning: repeated follow-up: '&lt;b>'" in text
+
+
 # --- locks -----------------------------------------------------------------------------------------------------------
 
 

@@ -162,6 +162,7 @@ def test_a_recipe_given_to_a_resumed_run_is_compared_like_any_other_setting():
     assert resolve_settings(parser.parse_args([]), demo) == demo
     changed = resolve_settings(parser.parse_args(["--demo"]), TrainingConfig(learning_rate=2e-5, seed=7))
     assert changed == replace(demo, seed=7)
+    assert resolve_settings(parser.parse_args(["--recipe", "original"]), demo) == TrainingConfig()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from faults import finished
 
 from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.folder import RunFolder
+from conversation.runs.report import write_report
 
 EVALUATE = "evaluate_conversation_model.py"
 
@@ -24,6 +25,7 @@ def evaluated(untouched, tmp_path_factory):
 
 def test_it_leaves_its_figures_and_answers_a_plot_and_a_section_of_the_report(evaluated):
     evaluation = read_evaluation(evaluated.evaluation)
+    assert evaluation.model == evaluated.path.name == "run"
     assert evaluation.short and len(evaluation.answers) == 26 and set(evaluation.sets) == {"known", "unseen", "all"}
     assert evaluation.sets["all"].questions == sum(evaluation.sets[name].questions for name in ("known", "unseen"))
     assert evaluation.training_losses.examples == 26 and evaluation.held_out_losses.fragments > 0
@@ -59,8 +61,40 @@ def test_runs_are_compared_by_settings_losses_and_figures(evaluated, untouched, 
     other = RunFolder(shutil.copytree(untouched, tmp_path / "other"))
     done = run_script(EVALUATE, "--compare", evaluated.path, other.path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "held-out loss" in done.stdout and "Not evaluated yet: other." in done.stdout
+    assert "held-out loss" in done.stdout and f"Not evaluated yet: {other.path}." in done.stdout
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_with_the_same_name_in_different_folders_are_two(evaluated, tmp_path):
+    other = RunFolder(shutil.copytree(evaluated.path, tmp_path / "other" / evaluated.path.name))
+    done = run_script(EVALUATE, "--compare", evaluated.path, other.path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in (evaluated.path, other.path):
+        assert f"| {path} " in done.stdout and f"| {path}, known " in done.stdout, done.stdout
+
+
+def test_an_evaluation_of_a_model_that_is_trained_on_since_is_shown_nowhere(evaluated, tmp_path):
+    copy = RunFolder(shutil.copytree(evaluated.path, tmp_path / "copy"))
+    copy.write(copy.read().with_start(after_step=12))  # --resume for more steps
+    write_report(copy)
+    assert copy.evaluation.exists() and "What the answers are worth" not in copy.report.read_text()
+    done = run_script(EVALUATE, "--compare", evaluated.path, copy.path, cwd=tmp_path)
+    assert done.returncode == 0 and f"Not evaluated yet: {copy.path}." in done.stdout, done.stderr
+
+
+def test_a_broken_evaluation_prevents_no_report_and_is_made_again(evaluated, tmp_path):
+    copy = RunFolder(shutil.copytree(evaluated.path, tmp_path / "copy"))
+    copy.evaluation.write_text('{"<model>": 1')
+    status, output = finished(
+        "merge_conversation_model.py", "--run_dir", copy.path, "--resume", output=tmp_path / "out"
+    )
+    assert status == 0 and "merged and verified already" in output, output
+    section = copy.report.read_text().split("## What the answers are worth")[1]
+    assert "Not shown: " in section and "evaluation.json" in section
+    flags = ["--run_dir", copy.path, "--short", "--resume"]
+    status, output = finished(EVALUATE, *flags, output=tmp_path / "again")
+    assert status == 0 and "evaluated again: " in output and "evaluation.json is broken" in output, output
+    assert read_evaluation(copy.evaluation).short and "Not shown" not in copy.report.read_text()
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_sentence(untouched, tmp_path):

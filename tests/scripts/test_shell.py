@@ -215,6 +215,25 @@ def test_python_variables_of_another_program_do_not_reach_the_scripts(checkout):
     assert shown.returncode == 0 and "--learning_rate" in shown.stdout, shown.stderr
 
 
+STOPPED = FAKE_PYTHON.replace('mkdir -p "$ATTEMPT"', "exit 130")
+
+
+def test_a_training_stopped_before_it_made_its_attempt_says_nothing_of_an_older_one(checkout):
+    python = checkout.folder / ".venv" / "bin" / "python"
+    python.write_text(STOPPED)
+    checkout.attempt.mkdir(parents=True)
+    done = checkout.run("./RETRAIN.sh", "--demo")
+    assert (done.returncode, done.stderr) == (130, "")
+    assert list(checkout.attempt.iterdir()) == []
+    done = checkout.run("./RETRAIN.sh", "--resume")  # here it is the attempt that goes on
+    assert done.returncode == 130 and f"The attempt stays in {checkout.attempt}" in done.stderr
+    assert "Train ended with status 130" in (checkout.attempt / "console.log").read_text()
+    failed = STOPPED.replace("exit 130", 'mkdir -p "$ATTEMPT.new"; exit 1')
+    python.write_text(failed.replace('echo "$ATTEMPT"', 'ls -d "$ATTEMPT"* | tail -n 1'))
+    done = checkout.run("./RETRAIN.sh", "--demo")  # its own attempt, and it failed
+    assert done.returncode == 1 and f"The attempt stays in {checkout.attempt}.new" in done.stderr, done.stderr
+
+
 def test_a_checkout_with_autocrlf_has_the_line_endings_that_bash_needs(tmp_path):
     origin, clone = tmp_path / "origin", tmp_path / "clone"
     origin.mkdir()
