@@ -12,7 +12,8 @@ SUPPORTED_PYTHONS='python3.13 python3.12 python3.11'
 for name in ${!PYTHON@}; do
     case "$name" in PYTHONUNBUFFERED | PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX) ;; *) unset "$name" ;; esac
 done
-set +o noclobber # from SHELLOPTS
+set +o noclobber # from SHELLOPTS, which is not handed on: a shell script like pyenv's python would end at its first test
+export -n SHELLOPTS
 # A closed stream becomes the null device: the next file opened would get its number and its output.
 (true 7<&0) 2>/dev/null || exec </dev/null
 (true 7>&1) 2>/dev/null || exec >/dev/null

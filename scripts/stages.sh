@@ -8,9 +8,10 @@ root=$project/training-runs/conversation
 stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
 number=0 name='' child='' stopped=0 resumed=no before='' attempt='' device='' types=''
 
-# help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note --resume and --device
+# help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note whether to resume
+#                         and on which device
 help_or_go_on() {
-    local flag previous=
+    local flag previous=''
     for flag in "$@"; do
         [ "$previous" != --device ] || device=$flag
         previous=$flag

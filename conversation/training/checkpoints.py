@@ -51,7 +51,11 @@ class CheckpointKeeper(TrainerCallback):
 
     def on_save(self, args, state, control, model, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.trainer.save_progress(folder)
+        try:
+            self.trainer.save_progress(folder)
+        except UserError:  # a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.trainer.accelerator.wait_for_everyone()  # each process writes its random states and its progress
         if state.is_world_process_zero:
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):

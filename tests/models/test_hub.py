@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import lay_into_hub_cache, run_script
@@ -110,3 +111,20 @@ def test_whatever_the_client_raises_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"cannot be reached: of \(Unheard\); set here: .*HF_HUB_OFFLINE=1"):
         hub.from_hub("some/model")
+
+
+def test_a_licence_that_is_not_accepted_is_said_with_what_to_do(monkeypatch):
+    import huggingface_hub
+
+    def gated(*arguments, local_files_only=False, **options):
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+        answer = SimpleNamespace(headers={}, request=None)
+        raise huggingface_hub.errors.GatedRepoError("403 Client Error. Cannot access gated repo", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(UserError) as refused:
+        hub.from_hub(FUNCTION_GEMMA)
+    assert str(refused.value) == f"no access to {FUNCTION_GEMMA}: its licence has to be accepted first"
+    assert "accept it on the model's page and log in with `hf auth login`" in refused.value.hint
+    assert "--base_model gemma-3-270m" in refused.value.hint and refused.value.exit_status == 2

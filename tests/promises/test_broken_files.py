@@ -1,5 +1,6 @@
 """Promise: a truncated or changed file is found before it is used, and named; --resume takes what is intact."""
 
+import json
 import shutil
 
 import pytest
@@ -14,6 +15,25 @@ from conversation.runs.publishing import find_damaged_result
 from conversation.training.checkpoints import newest_intact_checkpoint
 
 TRAIN, MERGE, TEST = "train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py"
+
+
+# --- the merged folder -----------------------------------------------------------------------------------------------
+
+
+def test_a_merged_folder_without_its_tokenizer_is_refused_in_a_sentence(trained, tmp_path):
+    """Copied in part; or made by a tool whose manifest does not list it."""
+    folder = shutil.copytree(RunFolder(trained).merged_model, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    status, output = finished(TEST, "--model", folder, output=tmp_path / "out")
+    assert status == 2, output
+    assert f"error: the merged model is broken: {folder / 'tokenizer.json'} is missing\nhint: merge it again" in output
+    listed = folder / merged_model.MANIFEST
+    manifest = json.loads(listed.read_text())
+    del manifest["files"]["tokenizer.json"]
+    listed.write_text(json.dumps(manifest))
+    status, output = finished(TEST, "--model", folder, output=tmp_path / "out")
+    assert status == 2, output
+    assert f"error: {folder} has no tokenizer (no tokenizer.json)\nhint: a model folder includes its" in output
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------

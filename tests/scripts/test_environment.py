@@ -16,8 +16,8 @@ def prepare(tmp_path):
     (tmp_path / "requirements.txt").write_text("# none\n")
     script = f'set -euo pipefail; source "{PROJECT}/scripts/environment.sh"; prepare_environment requirements.txt'
 
-    def begin():
-        pipe, environment = subprocess.PIPE, {**os.environ, "PIP_NO_INDEX": "1"}
+    def begin(**variables):
+        pipe, environment = subprocess.PIPE, {**os.environ, "PIP_NO_INDEX": "1", **variables}
         return subprocess.Popen(
             ["bash", "-c", script], cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, env=environment
         )
@@ -46,6 +46,16 @@ def test_it_is_made_again_when_the_requirements_change_or_an_installation_was_cu
     assert prepare().wait() != 0  # what failed is not taken for done
 
 
+def test_files_that_are_there_already_are_written_whatever_the_shells_options(prepare, tmp_path):
+    for name in (".venv.lock", ".venv/requirements.txt.cksum"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of before")
+    process = prepare(SHELLOPTS="noclobber")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert (tmp_path / ".venv" / "requirements.txt.cksum").read_text() != "of before"
+
+
 def test_a_place_that_cannot_be_written_is_reported_plainly(prepare, tmp_path):
     (tmp_path / ".venv.lock").mkdir()  # root may write everywhere, but not into this
     process = prepare()
@@ -56,18 +66,20 @@ def test_a_place_that_cannot_be_written_is_reported_plainly(prepare, tmp_path):
 
 @pytest.fixture
 def find(tmp_path):
-    """Runs find_python on a PATH that has only the given pythons: name -> (minor version, or None for a broken one)."""
+    """Runs find_python on a PATH with only these pythons: name -> minor version; None: 3.13 without ensurepip."""
     tools = tmp_path / "tools"
     tools.mkdir()
     bash = shutil.which("bash")
 
     def run(**pythons):
         for name, minor in pythons.items():
-            # `$2` is the check; a python of another version answers it by its own version
-            fake = f"import sys; sys.modules.update(venv=sys, ensurepip=sys); sys.version_info = (3, {minor}, 0)"
-            broken = "echo 'No module named ensurepip' >&2; exit 1"
+            # `$2` is the check; a python of another version, or Debian's without python3-venv, answers it like this
+            pip = "sys" if minor else "None"
+            fake = (
+                f"import sys; sys.modules.update(venv=sys, ensurepip={pip}); sys.version_info = (3, {minor or 13}, 0)"
+            )
             exec_it = f'exec {sys.executable} -c "{fake}\n$2"'
-            (tools / name.replace("_", ".")).write_text(f"#!{bash}\n{broken if minor is None else exec_it}\n")
+            (tools / name.replace("_", ".")).write_text(f"#!{bash}\n{exec_it}\n")
             (tools / name.replace("_", ".")).chmod(0o755)
         command = [bash, "-c", f'set -euo pipefail; source "{PROJECT}/scripts/environment.sh"; find_python']
         return subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tools)})

@@ -152,6 +152,17 @@ def test_without_home_and_user_entry_help_comes_and_the_stand_in_names_the_varia
     assert list(empty.iterdir()) == []
 
 
+def test_a_warning_of_a_library_is_not_an_error(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import sys, warnings; sys.path.insert(0, sys.argv[1])\nfrom conversation.errors import run_main\n"
+        "run_main(lambda: warnings.warn('of a library') or 0)"
+    )
+    command = [sys.executable, str(tmp_path / "script.py"), str(PROJECT)]
+    for odd in ({}, {"PYTHONWARNINGS": "error"}, {"PYTHONWARNINGS": "default,error::UserWarning"}):
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **odd})
+        assert done.returncode == 0 and "UserWarning: of a library" in done.stderr, done.stderr
+
+
 def test_an_interactive_python_ends_like_any_other(tmp_path):
     done = run_script("merge_conversation_model.py", "--nonsense", cwd=tmp_path, env={"PYTHONINSPECT": "1"})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr

@@ -176,6 +176,10 @@ def test_links_cdpath_and_the_working_folder_have_no_effect(checkout, tmp_path):
     (tmp_path / "decoy" / "-bin").mkdir(parents=True)
     elsewhere = str(tmp_path / "decoy")
     checkout.check(checkout.run("sh", "-c", "./again", cwd=tmp_path, CDPATH=elsewhere))
+    for name in ("RETRAIN.sh", "run_conversation_training.sh"):  # a path that does not begin with . or /
+        (tmp_path / "decoy" / checkout.folder.name).mkdir(exist_ok=True)
+        done = checkout.run("bash", f"{checkout.folder.name}/{name}", "--help", cwd=tmp_path, CDPATH=elsewhere)
+        assert done.returncode == 0, done.stderr
     (tmp_path / "training").symlink_to(checkout.folder / "run_conversation_training.sh")
     done = checkout.run("bash", "training", "--demo", cwd=tmp_path, CDPATH=elsewhere)
     assert done.returncode == 0, done.stderr
@@ -216,9 +220,13 @@ def test_it_runs_with_the_tools_of_macos_alone(checkout, tmp_path):
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams_stop_nothing_and_nothing_is_written_into_files(checkout, closed):
+    python = checkout.folder / ".venv" / "bin" / "python"
+    look = 'for number in 0 1 2; do [ -e /dev/fd/$number ] || echo "no stream $number" >>"$CALLS"; done\n'
+    python.write_text(FAKE_PYTHON.replace("#!/bin/sh\n", f"#!/bin/sh\n{look}"))
     done = checkout.run("sh", "-c", f'"$0" {closed}', "./RETRAIN.sh")
     assert done.returncode == 0, done.stderr
     assert "publish" in checkout.calls.read_text().splitlines()[-1]
+    assert "no stream" not in checkout.calls.read_text()  # no child's first file gets the number of a stream
     assert (checkout.folder / "training-runs/conversation/attempts/.lock").read_bytes() == b""
     shown = checkout.run("sh", "-c", f'"$0" --help {closed}', "./run_conversation_training.sh")
     assert shown.returncode == 0, shown.stderr

@@ -284,12 +284,34 @@ def test_check_data_prints_the_statistics_and_trains_nothing(tmp_path, tiny_fold
     assert not (tmp_path / "run").exists()
 
 
-def test_an_architecture_that_cannot_be_trained_is_refused_and_nothing_stays_on_disk(tmp_path, tiny_folder):
-    folder = shutil.copytree(tiny_folder, tmp_path / "gpt2")
+def gpt2(tiny_folder, folder):
+    """A model folder of an architecture that the step cannot train."""
+    shutil.copytree(tiny_folder, folder)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=vocabulary)
     (folder / "model.safetensors").unlink()
     GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_architecture_that_cannot_be_trained_is_refused_before_earlier_attempts_are_cleaned(
+    tmp_path, tiny_folder, own_examples
+):
+    home = make_home(tmp_path / "home", own_examples)
+    earlier = home / "training-runs" / "conversation" / "attempts" / "2026-01-01_00-00-00"
+    earlier.mkdir(parents=True)
+    (earlier / "console.log").write_text("why it failed")
+    flags = ["--attempt", "--base_model", gpt2(tiny_folder, tmp_path / "gpt2"), "--training_data", home / "easy.jsonl"]
+    done = subprocess.run(
+        [sys.executable, home / "train_conversation.py", *flags], capture_output=True, text=True, cwd=home
+    )
+    assert done.returncode == 2 and "a GPT2LMHeadModel cannot be trained here" in done.stderr, done.stderr
+    assert (earlier / "console.log").read_text() == "why it failed"
+    assert [path.name for path in earlier.parent.iterdir()] == [earlier.name]
+
+
+def test_an_architecture_that_cannot_be_trained_is_refused_and_nothing_stays_on_disk(tmp_path, tiny_folder):
+    folder = gpt2(tiny_folder, tmp_path / "gpt2")
     (tmp_path / "data.jsonl").write_bytes(to_jsonl(easy_lines()[:12]))
     flags = ["--base_model", folder, "--training_data", tmp_path / "data.jsonl", "--run_dir", tmp_path / "run"]
     done = run_script("train_conversation.py", *flags)
