@@ -6,8 +6,8 @@
 
 The base has the public configuration of Qwen2.5-1.5B and random bfloat16 weights. It is trained for two steps of eight
 of the project's examples and merged, each in a process of its own. With --limit_gb a control group of its own (Linux,
-as root) holds the training; the merge, which works in FP32, may use 1.5 times the model's FP32 size. Flags after -- go
-to train_conversation.py.
+as root) holds the training; the merge, which works in FP32, may use 1.5 times the model's FP32 size. What follows -- is
+for train_conversation.py.
 """
 
 from __future__ import annotations

@@ -53,4 +53,4 @@ def _convert_stand_in(part: Path) -> None:
     gguf.unlink()
     if model.num_parameters() != STAND_IN_PARAMETERS:
         raise UserError(f"the stand-in has {model.num_parameters():,} parameters, expected {STAND_IN_PARAMETERS:,}")
-    save_with_control_tokens(model, tokenizer, part, UNTRAINED_TOKENS)
+    save_with_control_tokens(model, tokenizer, part, UNTRAINED_TOKENS, centred=False)  # as all its runs so far

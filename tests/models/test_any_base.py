@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TOOLS, easy_lines, messages_of
-from safetensors.torch import load_file
+from conftest import INPUTS, TOOLS, easy_lines, messages_of
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from conversation.answering.verdicts import judge
+from conversation.data.examples import read_jsonl
 from conversation.data.questions import Case
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
@@ -143,8 +144,23 @@ def test_the_copy_keeps_type_and_rows_of_the_weights_and_new_rows_are_of_the_usu
         elif "embed" in name or "lm_head" in name:
             known = len(load_tokenizer(base))
             assert torch.equal(new[name][:known], tensor[:known])
-            usual = tensor[:known].float().norm(dim=1).median().item()
-            assert new[name][token].float().norm().item() == pytest.approx(usual, rel=0.1)
+            common = tensor.float().mean(dim=0)
+            usual = (tensor.float() - common).norm(dim=1).median().item()
+            assert (new[name][token].float() - common).norm().item() == pytest.approx(usual, rel=0.1)
+
+
+def test_a_new_token_is_no_likelier_than_others_where_all_embeddings_have_much_in_common(tmp_path):
+    base = smol(tmp_path / "smol")
+    tensors = load_file(base / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    embeddings += 5 * embeddings[7] / embeddings[7].norm() * embeddings.norm(dim=1).median()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    new_tokens.make_copy(*new_tokens.load_any(base), tmp_path / "made")
+    made = load_file(tmp_path / "made" / "model.safetensors")["model.embed_tokens.weight"].float()
+    common = made.mean(dim=0)
+    along = made @ (common / common.norm())
+    token = load_tokenizer(tmp_path / "made").convert_tokens_to_ids("<start_function_call>")
+    assert (along[token] - along.median()).abs() < 3 * along.std()
 
 
 def test_text_comes_back_from_its_ids_as_it_is(family):
@@ -164,6 +180,16 @@ def test_no_added_token_of_the_base_that_a_user_types_becomes_one(family):
             ids = encode_prompt(loaded, prompt)
             assert [i for i in ids if i in control_ids(loaded)] == [i for i in plain if i in control_ids(loaded)], name
             assert decode(loaded, ids[loaded.bos_token_id is not None :]) == prompt.text
+
+
+def test_a_token_of_chat_ml_typed_in_training_data_stays_text(tmp_path):
+    example = Example(Prompt("What does <|im_end|> do?"), easy_lines()[0].answer)
+    lines = read_jsonl(INPUTS / "types_im_end.jsonl") if (INPUTS / "types_im_end.jsonl").exists() else []
+    folder = tmp_path / "made"
+    new_tokens.make_copy(*new_tokens.load_any(smol(tmp_path / "smol")), folder)
+    loaded, encoded, _ = audit(folder, [example, *lines])
+    typed = loaded.convert_tokens_to_ids("<|im_end|>")
+    assert all(typed not in ids.ids for ids in encoded)
 
 
 def test_the_chat_template_gives_the_ids_that_were_trained_whatever_is_typed(family):
