@@ -2,7 +2,7 @@
 
 - greedy: the likeliest token each time, free to leave the format. What the structural tests judge.
 - sampled: tokens drawn at a temperature, free as well.
-- constrained: greedy within the grammar of the format. Always valid, nothing said twice.
+- constrained: greedy within the grammar of the format. Always valid, nothing is repeated.
 - contrast: constrained, and what the question makes likely counts more than what is likely after any question.
 - best_of_n: the constrained answer and n - 1 drawn within the grammar; the one that the question speaks for most.
 """
@@ -128,13 +128,13 @@ def _within_the_grammar(
 ) -> list[int]:
     import torch
 
+    from conversation.answering import scoring
     from conversation.answering.constrained import Draw, Writer
-    from conversation.answering.scoring import scores
 
     writer = Writer(model, tokenizer, prompt, decoding.strength if decoding.method == "contrast" else 0.0)
     if decoding.method != "best_of_n":
         return writer.write()
     draw = Draw(decoding.temperature, decoding.top_p, torch.Generator().manual_seed(decoding.seed))
     answers = [writer.write(), *(writer.write(draw) for _ in range(decoding.n - 1))]
-    found = scores(model, tokenizer, [(prompt, answer) for answer in answers])
+    found = scoring.scores(model, tokenizer, [(prompt, answer) for answer in answers])
     return answers[found.index(max(found))]

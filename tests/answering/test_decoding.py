@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conversation.answering import constrained, decoding
+from conversation.answering import constrained, decoding, scoring
 from conversation.answering.allowed_tokens import allowed_tokens
 from conversation.answering.decoding import (
     BEST_OF_N,
@@ -266,7 +266,7 @@ def test_best_of_n_is_the_answer_that_the_question_speaks_for_most(model, tokeni
         seen.extend(answer for _, answer in pairs)
         return [scores(model, tokenizer, [(prompt, answer)])[0] for prompt, answer in pairs]
 
-    monkeypatch.setattr(decoding, "scores", listening)
+    monkeypatch.setattr(scoring, "scores", listening)
     best = generate_answer(model, tokenizer, PROMPT, Decoding("best_of_n", temperature=2.0, n=3))
     assert len({tuple(each) for each in seen}) == 3
     assert seen[0] == generate_answer(model, tokenizer, PROMPT, CONSTRAINED)
