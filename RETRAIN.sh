@@ -8,7 +8,7 @@
 #
 # Every other flag goes to train_conversation.py (see its --help), for example --learning_rate 2e-5.
 # --device cpu or --device cuda is for all stages.
-# Exit status: 0 published; 1 tried and failed; 2 not started; 129, 130 or 143 stopped; can be resumed.
+# Exit status: 0 published, or nothing to resume; 1 tried and failed; 2 not started; 129, 130 or 143 stopped; can be resumed.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with another shell
 set -euo pipefail
 set +o posix # from POSIXLY_CORRECT, or called as sh
@@ -47,7 +47,7 @@ run merge_conversation_model.py --run_dir "$attempt" --resume
 stage "Structural tests" # three questions that gate, twenty held-out ones that inform
 run test_conversation_model.py --run_dir "$attempt" --resume
 
-stage "Evaluate" # what the answers are worth, in short: information, it gates nothing
+stage "Evaluate" # a short look at what the answers are worth; it informs and gates nothing
 run evaluate_conversation_model.py --run_dir "$attempt" --short --resume || echo "warning: not evaluated" >&2
 
 if [ -n "$types" ]; then # a type that is refused does not keep the run from being published

@@ -168,7 +168,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """Named sets of settings. `original`: the defaults. `demo`: a short recipe that teaches the stand-in the format and 60
-topics, on two CPU cores. What was tried: benchmarks/README.md."""
+topics, on two CPU cores. What was tried: benchmarks/recipes.md."""
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ Half of the questions are on known topics in unseen wording, half on topics that
 (form, repetition, knowledge, losses by kind of token, relevance, confidence) are defined in
 conversation/data/figures.py and conversation/answering/knowledge.py. They inform; they gate nothing.
 Leaves evaluation.json, evaluation.png and a section of report.md in the run folder.
-Exit status: 0 evaluated; 2 not started.
+Exit status: 0 evaluated; 1 tried and failed; 2 not started.
 """
 
 from __future__ import annotations

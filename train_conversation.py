@@ -9,7 +9,8 @@
 
 Writes into the run folder: run.json, training_data.jsonl, held_out_data.jsonl, checkpoints/ with final_lora/,
 metrics.jsonl, loss_curve.png, report.md, console.log.
-Exit status: 0 trained; 1 tried and failed; 2 not started; 130 or 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
+Exit status: 0 trained; 1 tried and failed; 2 not started; 129, 130 or 143 stopped by a closed terminal, Ctrl-C or
+SIGTERM, with a checkpoint.
 """
 
 from __future__ import annotations

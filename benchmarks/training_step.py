@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What one optimizer step of 8 examples costs: our step beside the usual ways, and beside what the hardware allows.
+"""What one optimizer step of 8 examples costs: our step beside the usual variants, and beside what the hardware allows.
 
     benchmarks/training_step.py                                   the table, on the embedded stand-in (about 30 minutes)
-    benchmarks/training_step.py --variants completion,ours        only some of the ways (about 13 minutes)
+    benchmarks/training_step.py --variants completion,ours        only some of the variants (about 13 minutes)
     benchmarks/training_step.py --json > step.json                one JSON object; the table goes to standard error
     benchmarks/training_step.py --cuda_memory_gb 6                the same on a GPU, with no more memory than that
     benchmarks/training_step.py --growth                          draw benchmarks/training_step.png (about 2 minutes)
 
-Every way has a process of its own, so that its peak memory is its own, with the same weights, the same adapters (LoRA
+Every variant has its own process, so that its peak memory is its own, with the same weights, the same adapters (LoRA
 without dropout, B not zero) and the same batches. On a CPU they take turns, one step each, batch after batch, so that a
 busy spell of the machine meets all of them; on a GPU, which they would have to share, they run one after another. The
 first batch warms up and gives the gradients that are compared, with those of the plain computation whose loss is taken
@@ -55,7 +55,7 @@ VARIANTS = {
     "ours": "ours: each shared token once",
 }
 DEFAULT_VARIANTS = tuple(name for name in VARIANTS if name != "trl-1x8-kept")
-REFERENCE = "reference"  # not timed: the gradients of the completion loss that all ways but the first should have
+REFERENCE = "reference"  # not timed: the gradients of the completion loss that all variants but the first should have
 EXAMPLES = 8
 GROWTH_PLOT = Path(__file__).with_suffix(".png")
 
@@ -65,11 +65,11 @@ def main() -> int:
     parser.add_argument("--base_model", default=STAND_IN, help="hub name or local folder (default: %(default)s)")
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
     parser.add_argument("--variants", default=",".join(DEFAULT_VARIANTS), help=f"some of {','.join(VARIANTS)}")
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each way (default: %(default)s)")
-    parser.add_argument("--trl_rounds", type=int, default=3, help="timed steps of TRL's ways (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each variant (default: %(default)s)")
+    parser.add_argument("--trl_rounds", type=int, default=3, help="steps of TRL's variants (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples make up the batches")
     parser.add_argument("--adapters", type=Path, help="adapters of a finished training (default: random ones)")
-    parser.add_argument("--cuda_memory_gb", type=float, help="on a GPU: leave each way no more memory than this")
+    parser.add_argument("--cuda_memory_gb", type=float, help="on a GPU: leave each variant no more memory than this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--growth", action="store_true", help="instead: draw how time grows, on a small random model")
     parser.add_argument("--growth_plot", type=Path, default=GROWTH_PLOT, help="with --growth: where to")
@@ -97,7 +97,7 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What every way is given."""
+    """What every variant is given."""
 
     base_folder: Path
     batches: list[list[TokenSequence]]  # the first one warms up
@@ -107,7 +107,7 @@ class Job:
 
 
 def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the ways and gathers what they came to; progress on standard error."""
+    """Runs the variants and gathers what they came to; progress on standard error."""
     import torch
 
     from conversation.models.base_models import find_base_model
@@ -162,7 +162,7 @@ def random_batches(base_folder: Path, data: Path, count: int, seed: int) -> list
 
 
 class Worker:
-    """A way in its process. `steps`: what each timed step took; `end`: peak memory, or the error that ended it."""
+    """A variant in its process. `steps`: what each timed step took; `end`: peak memory, or the error that ended it."""
 
     def __init__(self, name: str, job: Job):
         job.folder.mkdir()
@@ -207,7 +207,7 @@ class Worker:
 
 
 def run_in_turns(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
-    """One step of each way, then the next batch."""
+    """One step of each variant, then the next batch."""
     workers = [Worker(name, job) for name, job in jobs.items()]
     for number in range(max(len(job.batches) for job in jobs.values())):
         ready = [worker for worker in workers if worker.wait()]
@@ -230,7 +230,7 @@ def run_one_after_another(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
 
 
 def summary(taken: dict[str, dict], batches: list[dict[str, int]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Per way: seconds of each step, and what follows from them. Ratios are taken batch by batch."""
+    """Per variant: seconds of each step, and what follows from them. Ratios are taken batch by batch."""
     ours = [step["seconds"] for step in taken.get("ours", {"steps": []})["steps"]]
     rows = {}
     for name, result in taken.items():
@@ -274,7 +274,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['threads']} threads), {report['date']}",
         f"a step: {EXAMPLES} examples, {tokens:.0f} tokens, {distinct:.0f} of them distinct, {labels:.0f} label tokens",
         "",
-        "| way | s/step | x ours | label tokens/s | peak memory, GB | gradient differs by |",
+        "| variant | s/step | x ours | label tokens/s | peak memory, GB | gradient differs by |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in report["variants"].items():
@@ -305,7 +305,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- the ways, each in its own process -------------------------------------------------------------------------------
+# --- the variants, each in its own process ----------------------------------------------------------------------------
 
 
 class Turns:
@@ -363,8 +363,8 @@ def run_variant(name: str, job: Job, connection: Connection) -> None:
         if name.startswith("trl"):
             run_trl(model, job, turns, per_device=8 if name == "trl-8x1" else 1, kept=name == "trl-1x8-kept")
         else:
-            ways = {"original": one_by_one(True), "completion": one_by_one(False), REFERENCE: in_float64}
-            run_loop(model, job, turns, ways.get(name) or sharing(model))
+            variants = {"original": one_by_one(True), "completion": one_by_one(False), REFERENCE: in_float64}
+            run_loop(model, job, turns, variants.get(name) or sharing(model))
         connection.send({"peak_memory_gb": peak_memory_gb()})
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
@@ -689,7 +689,7 @@ def _step_times(model, growth: Growth, count: int, depth: int) -> dict[str, floa
     from conversation.training.tree_attention import ATTENTION_NAME
 
     ours = sharing(model, max_tokens=2**40)
-    ways = {"original": one_by_one(True), "completion": one_by_one(False), "ours": ours, "ours, one tree": ours}
+    variants = {"original": one_by_one(True), "completion": one_by_one(False), "ours": ours, "ours, one tree": ours}
     causal_lm = model.get_base_model()
     times = {}
     for line in LINES:
@@ -698,7 +698,7 @@ def _step_times(model, growth: Growth, count: int, depth: int) -> dict[str, floa
         taken = []
         for _ in range(growth.repeats):
             started = _time()
-            ways[line](model, batch)
+            variants[line](model, batch)
             taken.append(_time() - started)
             model.zero_grad()
         times[line] = min(taken)

@@ -1,8 +1,8 @@
-"""What a process finds when it starts: variables, working folder, streams. Nothing of it is trusted.
+"""What a process finds when it starts: variables, working folder, streams. None of it is trusted.
 
-What another program left behind is ignored, with a warning when it looks like a request; what cannot be meant is
-refused by the name of its variable. Python itself reads PYTHONHOME, PYTHONHASHSEED and the name in PYTHONIOENCODING
-before any line of ours: the shell scripts drop them.
+What another program left behind is ignored, with a warning when it looks like a request. A value that makes no sense is
+refused, and the error names the variable. Python itself reads PYTHONHOME, PYTHONHASHSEED and the name in
+PYTHONIOENCODING before any line of ours: the shell scripts drop them.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _check_processes(several_processes: bool, variables: Variables) -> list[str]
     try:
         socket.getaddrinfo(variables["MASTER_ADDR"], None)
     except (OSError, UnicodeError):
-        raise Unusable(f"MASTER_ADDR={variables['MASTER_ADDR']} is no address that is known here", hint) from None
+        raise Unusable(f"MASTER_ADDR={variables['MASTER_ADDR']} cannot be resolved", hint) from None
     return []
 
 

@@ -1,8 +1,8 @@
 """An answer written under the grammar of the format: whatever the model prefers, it is valid and repeats nothing.
 
 Most of an answer is forced text. It is fed to the model in chunks, and only the tokens of values, and whether another
-fragment follows, are chosen (jump-forward decoding). A value that was said before is refused: the writer goes back to
-its closest call between two tokens and takes the other.
+fragment follows, are chosen (jump-forward decoding). A value that was written before is refused: the writer goes back
+to its closest call between two tokens and takes the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Scores = NDArray[np.float32]
 CONTRASTED = (Value.FRAGMENT, Value.FOLLOW_UP)
 """The values that are about the question. Names and numbers are not, and syntax is forced."""
 DISTINCT = (Value.FRAGMENT, Value.FOLLOW_UP, Value.TARGET)
-"""The values of which an answer holds no two equal ones."""
+"""The values of which an answer contains no two equal ones."""
 PLAUSIBLE = 0.1
 """Contrast chooses among tokens of at least this share of the likeliest one's probability: the contrast of two tiny
 probabilities says nothing (Li et al. 2023, "Contrastive decoding")."""
@@ -170,7 +170,7 @@ class Writer:
         return self._shortest_value(before, kind)
 
     def _shortest_value(self, before: list[int], kind: Value) -> list[int]:
-        """The best value of one token that was not said. There always is one: at most three were said."""
+        """The best value of one token that was not written yet. There always is one: at most three were written."""
         tokens, scores = self._scores(before, kind, [])
         best_first = ([token] for token in tokens[np.argsort(-scores, kind="stable")].tolist())
         return next(
@@ -193,7 +193,7 @@ class Writer:
     def _scores(self, before: list[int], kind: Value, value: list[int]) -> tuple[NDArray[np.int64], Scores]:
         """The tokens [R] that the grammar allows after `value`, and their scores [R].
 
-        Logits stand for log probabilities: they differ by a constant, which no comparison here depends on.
+        Logits serve as log probabilities: they differ by a constant, which no comparison here depends on.
         """
         logits = self._reader.logits(before + value)
         allowed = self._tokens.after(kind, self._tokens.text(value))[: logits.shape[1]]

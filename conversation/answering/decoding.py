@@ -2,7 +2,7 @@
 
 - greedy: the likeliest token each time, free to leave the format. What the structural tests judge.
 - sampled: tokens drawn at a temperature, free as well.
-- constrained: greedy within the grammar of the format. Always valid, nothing said twice.
+- constrained: greedy within the grammar of the format. Always valid, nothing is repeated.
 - drawn: tokens drawn at a temperature within the grammar.
 - contrast: constrained, and what the question makes likely counts more than what is likely after any question.
 - best_of_n: the constrained answer and n - 1 drawn within the grammar; the one that the question speaks for most.

@@ -1,8 +1,8 @@
 """The rules of the core set: kinds of follow-ups, their stock forms, targets by rule, confidence by kind.
 
-The core set teaches a small model sense, so what it predicts must follow from what it can see (data/README.md):
-the target of a follow-up from the topic and the kind of the question, the confidences of an answer from the kinds of
-its three follow-ups.
+The core set is for a small model. What the model has to predict must follow from what it can see (data/README.md): the
+target of a follow-up from the topic and the kind of the question, the confidences of an answer from the kinds of its
+three follow-ups.
 """
 
 from __future__ import annotations

@@ -25,14 +25,14 @@ def parse_line(line: str) -> Example:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     if "text" not in value and "nodes" in value:
-        raise ValueError("this is a conversation tree, give the folder that holds its domain's folder")
+        raise ValueError("this is a conversation tree, give the folder that contains its domain's folder")
     if "text" not in value:
         raise ValueError("the object has no `text`")
     text = value["text"]
     if not isinstance(text, str):
         raise ValueError(f"`text` is not a string but {type(text).__name__}")
     if (nul := text.find("\0")) >= 0:
-        raise ValueError(f"`text` holds a NUL character at {nul}")
+        raise ValueError(f"`text` contains a NUL character at {nul}")
     return parse_example(text)
 
 
@@ -70,7 +70,7 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
         message = f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}"
         raise UnusableData(message, "the text format is described in data/README.md", problems, examples)
     if not examples:
-        raise UserError(f"{path} holds no training example")
+        raise UserError(f"{path} contains no training example")
     return examples
 
 
@@ -89,7 +89,7 @@ def _kind_of_text(data: bytes) -> str | None:
     if isinstance(value, list):
         return f"this is one JSON array of {len(value)}: write each object on its own line, as jq -c '.[]' does"
     if isinstance(value, dict) and "nodes" in value:
-        return "this is a conversation tree: give the folder that holds its domain's folder"
+        return "this is a conversation tree: give the folder that contains its domain's folder"
     return "this is one JSON object over several lines: write it on one line, as jq -c does"
 
 

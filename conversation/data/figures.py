@@ -1,4 +1,4 @@
-"""Figures of what a model said: repetition, stock follow-ups, confidences. Plain text in, numbers out.
+"""Figures of a model's answers: repetition, stock follow-ups, confidences. Plain text in, numbers out.
 
 Each figure is a share in [0, 1], or None where there is nothing to count. They are over valid answers; how many are
 valid is a figure of its own.

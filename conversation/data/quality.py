@@ -163,7 +163,7 @@ def assess(trees: Sequence[Tree]) -> Quality:
     roots = {node.place for node in nodes if len(node.asked) == 1}
 
     def comparable(pair: Pair) -> bool:
-        """Roots stand alone and are compared everywhere; other questions lean on their path, and vary by domain."""
+        """A root needs no context and is compared everywhere; another question depends on its path and its domain."""
         places = {pair.first.place, pair.second.place}
         return places <= roots or len({domain_of[place] for place in places}) == 1
 

@@ -117,5 +117,5 @@ def _read_lines(path: Path, read: Callable[[dict[str, Any], int], T], what: str,
     if problems:
         raise UserError(f"{len(problems)} lines are no {what}:\n{list_problems(problems)}")
     if not found:
-        raise UserError(f"{path} holds no question")
+        raise UserError(f"{path} contains no question")
     return found

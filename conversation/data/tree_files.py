@@ -15,7 +15,7 @@ _DATA = re.compile(r"\.jsonl?(\.(gz|bz2|xz|zst|zip|7z))?$", re.IGNORECASE)  # wh
 def find_tree_files(folder: Path, domains: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files `<domain>/<root>.json` of these domains, sorted, and a problem for each other file that may be data.
 
-    Files that are no data are named on the console.
+    Other files are named on the console.
     """
     found: list[Path] = []
     problems: list[str] = []
@@ -59,13 +59,13 @@ def _why_not(parts: tuple[str, ...]) -> str | None:
     if ending.lower() == ".jsonl":
         return "is no tree; a JSONL file is given by its own path"
     if ending.lower() != ".json":
-        return "is packed, unpack it"
+        return "is compressed: unpack it"
     if ending != ".json":
         return f"ends in {ending}, rename it to .json"
     if len(parts) == 1:
-        return "lies in no domain's folder"
+        return "is not in a domain's folder"
     if len(parts) > 2:
-        return "lies too deep in its domain's folder"
+        return "is too deep in its domain's folder"
     return None
 
 

@@ -180,7 +180,7 @@ def read_trees(folder: Path, domains: tuple[str, ...] = ()) -> list[Tree]:
             problems += [f"{path}: {problem}" for problem in error.problems]
         except OSError as error:
             problems.append(f"{path}: cannot be read: {error.strerror}")
-    problems += [f"{folder / name}: holds no tree" for name in dict.fromkeys(domains) if not _any_in(files, name)]
+    problems += [f"{folder / name}: contains no tree" for name in dict.fromkeys(domains) if not _any_in(files, name)]
     if problems:
         message = f"the conversation trees have {len(problems)} problems:\n{list_problems(problems)}"
         raise UnusableData(message, hint, problems, trees)

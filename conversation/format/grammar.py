@@ -65,7 +65,7 @@ def may_go_on(kind: Value, text: str, control_tokens: re.Pattern[str] = CONTROL_
     """Whether a value may read like this so far. It can then always be ended within its longest length."""
     if kind is Value.CONFIDENCE:
         return any(number.startswith(text) for number in CONFIDENCES)
-    if kind is Value.TARGET:  # after an underscore there must be room for another character
+    if kind is Value.TARGET:  # after an underscore another character must still fit
         return bool(_TARGET_SO_FAR.fullmatch(text)) and len(text) + text.endswith("_") <= MAX_CHARACTERS[kind]
     return len(text) <= MAX_CHARACTERS[kind] and is_one_line(text) and text_problem(text, "", control_tokens) is None
 

@@ -102,7 +102,7 @@ def _file_problems(folder: Path) -> Iterator[tuple[str, str]]:
     if not (folder / "config.json").is_file():
         yield "is not a model folder: no config.json", ""
     if adapters := sorted(path.name for path in folder.glob("adapter_*") if path.suffix in (".json", ".safetensors")):
-        yield f"holds adapters: {', '.join(adapters)}", "merge them into their base first, or move them away"
+        yield f"contains adapters: {', '.join(adapters)}", "merge them into their base first, or move them away"
     index = folder / "model.safetensors.index.json"
     if not list(folder.glob("*.safetensors")) and not index.exists():
         yield "has no weights in safetensors", "other formats are not read: they can contain programs"
@@ -126,5 +126,5 @@ def _config_problems(folder: Path) -> Iterator[tuple[str, str]]:
     if config.get("quantization_config"):
         yield "has quantized weights", "take the model that was not quantized: training and merging are in FP32"
     if tied_but_different(folder):
-        problem = "ties its embeddings in config.json, but its weights hold two that differ"
+        problem = "ties its embeddings in config.json, but its weights contain two that differ"
         yield problem, "set tie_word_embeddings to false there"

@@ -11,7 +11,7 @@ from conversation.errors import UserError
 from conversation_config import STAND_IN, cache_folder, hub_settings
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-SECONDS = 30  # without an answer of the hub; its client would wait for ever
+SECONDS = 30  # without an answer of the hub; its client would wait forever
 STAND_IN_HINT = f"train the stand-in, which needs no account: --base_model {STAND_IN}"
 
 
@@ -60,7 +60,7 @@ def _cached(name: str) -> Path | None:
 
 
 def _limit_waiting() -> None:
-    """Give each request a time limit. The client has none for some, so a silent proxy would hold it for ever."""
+    """Give each request a time limit. The client has none for some, so a silent proxy would block it forever."""
     from huggingface_hub.utils import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 

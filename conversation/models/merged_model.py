@@ -26,7 +26,7 @@ def write_manifest(folder: Path, files: dict[str, str]) -> None:
 def load_verified(
     folder: Path, expected_fingerprint: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a merged folder, on the device that training uses.
+    """Model and tokenizer of a merged folder, on the device used for training.
 
     Raises UserError when it is no merged folder, when a file changed since the merge, and when the tokenizer is not
     that of the training.

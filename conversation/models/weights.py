@@ -42,7 +42,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def tied_but_different(folder: Path) -> bool:
-    """Whether the config ties the embeddings while the weights hold a head that differs from the input embeddings."""
+    """Whether the config ties the embeddings while the weights contain a head that differs from the inputs'."""
     from safetensors import SafetensorError, safe_open
 
     places: dict[str, Path] = {}

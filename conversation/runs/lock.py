@@ -20,7 +20,7 @@ LOCK_FILE = ".lock"
 def locked_folder(folder: Path) -> Iterator[None]:
     """Lock a folder during the block, and remove the partial files of dead processes.
 
-    Raises UserError that names the owner of the lock, and since when it works there.
+    Raises UserError that names the process with the lock and the time it was taken.
     """
     make_folder(folder)
     try:

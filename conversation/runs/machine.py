@@ -131,14 +131,14 @@ def _git_commit() -> str | None:
     """The project's commit, plus "+changes" when files differ from it; None outside a repository of its own."""
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != PROJECT.resolve():
-            return None  # the project lies, without its history, inside another repository
+            return None  # the project is in another repository, without its own history
         return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the project's folder. GIT_DIR and the like would point it at another repository."""
+    """Git's answer about the project's folder. GIT_DIR and the like would point it at another repository."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(PROJECT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=plain).stdout.strip()

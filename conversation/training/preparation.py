@@ -151,7 +151,7 @@ def data_paths(config: TrainingConfig) -> tuple[Path, ...]:
     """Where the training data is: a set of the project's own, or a path from the working folder or from the project."""
     if config.training_data in DATA_SETS:
         if Path(name := config.training_data).exists():
-            print(f"the project's set {name} is meant; for the one here write ./{name}", file=sys.stderr)
+            print(f"this is the project's set {name}; for the one here write ./{name}", file=sys.stderr)
         return DATA_SETS[config.training_data]
     path = Path(os.path.expanduser(config.training_data))
     return (PROJECT / path if not path.exists() and (PROJECT / path).exists() else path,)

@@ -66,12 +66,12 @@ def test_every_file_of_the_folder_is_read_or_refused_or_named(tmp_path, capsys):
     content = good.read_bytes()
     (tmp_path / "systems" / "more").mkdir()
     misplaced = {
-        "tcp.json": "lies in no domain's folder",
+        "tcp.json": "is not in a domain's folder",
         "lines.JSONL": "is no tree; a JSONL file is given by its own path",
-        "systems/more/udp.json": "lies too deep",
+        "systems/more/udp.json": "is too deep",
         "systems/more/ip.JSON": "ends in .JSON",
         "systems/arp.JSON": "ends in .JSON, rename it",
-        "systems/smtp.json.gz": "is packed",
+        "systems/smtp.json.gz": "is compressed: unpack it",
     }
     for name in misplaced:
         (tmp_path / name).write_bytes(content)
@@ -109,7 +109,7 @@ def test_a_domain_given_twice_counts_once_and_an_empty_one_is_refused(tmp_path):
     assert TrainingConfig(domains="systems, systems,").domain_names == ("systems",)
     (tmp_path / "programming").mkdir()
     assert len(read_trees(tmp_path)) == 1
-    with pytest.raises(UserError, match="programming: holds no tree"):
+    with pytest.raises(UserError, match="programming: contains no tree"):
         read_trees(tmp_path, ("systems", "programming"))
     with pytest.raises(ValueError, match="--domains names no domain"):
         TrainingConfig(domains=" ,")

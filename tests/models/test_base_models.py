@@ -43,11 +43,11 @@ def test_what_the_merge_would_stumble_over_is_refused_before_the_training_all_at
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"holds adapters: adapter_config.json, adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"contains adapters: adapter_config.json, adapter_model.safetensors"):
         base_models.find_base_model(str(folder))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-    with pytest.raises(UserError, match=r"(?s)holds adapters.*has quantized weights"):
+    with pytest.raises(UserError, match=r"(?s)contains adapters.*has quantized weights"):
         base_models.find_base_model(str(folder))
 
 
@@ -72,7 +72,7 @@ def test_tied_embeddings_that_differ_on_disk_are_refused(tmp_path, tiny_folder):
     save_file({**tensors, "lm_head.weight": tensors[name].clone()}, folder / "model.safetensors")
     assert base_models.find_base_model(str(folder)) == folder  # the same twice is only a waste
     save_file({**tensors, "lm_head.weight": tensors[name] + 1}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"ties its embeddings in config.json, but its weights hold two that differ"):
+    with pytest.raises(UserError, match=r"ties its embeddings in config.json, but its weights contain two that differ"):
         base_models.find_base_model(str(folder))
 
 

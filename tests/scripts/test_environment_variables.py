@@ -37,7 +37,7 @@ WHOLE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         ({**WHOLE, "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is 3, which does not go with WORLD_SIZE=2"),
         ({**WHOLE, "MASTER_PORT": "http"}, "MASTER_PORT must be a whole number"),
         ({**WHOLE, "MASTER_PORT": "70000"}, "MASTER_PORT must be a port"),
-        ({**WHOLE, "MASTER_ADDR": "a..b"}, "MASTER_ADDR=a..b is no address"),
+        ({**WHOLE, "MASTER_ADDR": "a..b"}, "MASTER_ADDR=a..b cannot be resolved"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but WORLD_SIZE is not set"),
         ({"PMI_SIZE": "x"}, "PMI_SIZE must be a whole number"),
         ({"ACCELERATE_MIXED_PRECISION": "BF16"}, "ACCELERATE_MIXED_PRECISION=BF16 is refused"),

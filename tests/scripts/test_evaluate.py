@@ -61,7 +61,7 @@ def test_runs_are_compared_by_settings_losses_and_figures(evaluated, untouched, 
     other = RunFolder(shutil.copytree(untouched, tmp_path / "other"))
     done = run_script(EVALUATE, "--compare", evaluated.path, other.path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "held-out loss" in done.stdout and f"Not evaluated yet: {other.path}." in done.stdout
+    assert "held-out loss" in done.stdout and "Not evaluated yet: other." in done.stdout
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -69,7 +69,7 @@ def test_runs_with_the_same_name_in_different_folders_are_two(evaluated, tmp_pat
     other = RunFolder(shutil.copytree(evaluated.path, tmp_path / "other" / evaluated.path.name))
     done = run_script(EVALUATE, "--compare", evaluated.path, other.path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for path in (evaluated.path, other.path):
+    for path in (evaluated.path, "other/run"):  # as seen from the working folder
         assert f"| {path} " in done.stdout and f"| {path}, known " in done.stdout, done.stdout
 
 
@@ -79,7 +79,7 @@ def test_an_evaluation_of_a_model_that_is_trained_on_since_is_shown_nowhere(eval
     write_report(copy)
     assert copy.evaluation.exists() and "What the answers are worth" not in copy.report.read_text()
     done = run_script(EVALUATE, "--compare", evaluated.path, copy.path, cwd=tmp_path)
-    assert done.returncode == 0 and f"Not evaluated yet: {copy.path}." in done.stdout, done.stderr
+    assert done.returncode == 0 and "Not evaluated yet: copy." in done.stdout, done.stderr
 
 
 def test_a_broken_evaluation_prevents_no_report_and_is_made_again(evaluated, tmp_path):
