@@ -68,10 +68,10 @@ def _memory_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
                 if group.is_relative_to(place) and (limit := _limit_of_group(group, *names)):
                     found.append(limit)
     with contextlib.suppress(OSError, ValueError, IndexError):
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
+        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if address_space != resource.RLIM_INFINITY:
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            found.append((limit, pages * resource.getpagesize()))
+            found.append((address_space, pages * resource.getpagesize()))
     return found
 
 
