@@ -59,6 +59,11 @@ class TrainingConfig:
     )
     domains: str = setting("", "train on these domains of the trees only, separated by commas (default: all)")
     loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
+    step: str = setting(
+        "auto",
+        "how a step computes the loss: shared prefixes once, or as TRL does; auto: shared if the base model allows it",
+        choices=("auto", "shared", "plain"),
+    )
     held_out_share: float = setting(0.1, "share of the examples, by whole trees, kept for the held-out loss")
 
     num_train_epochs: float = setting(7.0, "passes over the training data")
@@ -252,6 +257,8 @@ def set_up_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each training otherwise
     os.environ["MPLBACKEND"] = "agg"  # plots are files; a notebook's leftover would fail
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:

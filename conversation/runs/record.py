@@ -95,7 +95,10 @@ class Start:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The figures of a finished training. Losses are in nats per label token; files map to SHA-256."""
+    """The figures of a finished training. Losses are in nats per label token; files map to SHA-256.
+
+    `step`: "shared" or "plain", the step that it used; None in records of before there were two.
+    """
 
     steps: int
     first_window_loss: float
@@ -107,6 +110,7 @@ class TrainingResult:
     adapter_files: dict[str, str]
     files: dict[str, str]
     finished: str
+    step: str | None = None
 
     def __str__(self) -> str:
         held_out = f", {self.held_out_loss:.3f} held out" if self.held_out_loss is not None else ""

@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conversation.data.examples import read_with_roots, split_by_tree, to_jsonl
 from conversation.data.quality import assess
@@ -24,8 +25,11 @@ from conversation.runs.files import check_disk_space
 from conversation.runs.machine import environment, number_of_processes
 from conversation.runs.record import DataIdentity, RunRecord, now
 from conversation.runs.schedule import problem_with_rates
-from conversation.training.trainer import TrainingSet, token_sequence
+from conversation.training.training_set import TrainingSet, to_dataset
 from conversation_config import DATA_SETS, KEPT_CHECKPOINTS, PROJECT, TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Prepared:
     held_out: list[Example]
     encoded_training: list[EncodedExample]
     encoded_held_out: list[EncodedExample]
+    tokenizer: PreTrainedTokenizerBase
     audit: Audit
 
     @property
@@ -47,11 +52,11 @@ class Prepared:
 
     @property
     def training_set(self) -> TrainingSet:
-        return TrainingSet(
-            [token_sequence(ids, self.config.loss_on) for ids in self.encoded_training],
-            [token_sequence(ids, self.config.loss_on) for ids in self.encoded_held_out],
-            [example.prompt.question for example in self.training],
+        training, held_out = (
+            to_dataset(encoded, [example.prompt.question for example in examples], self.config.loss_on)
+            for encoded, examples in ((self.encoded_training, self.training), (self.encoded_held_out, self.held_out))
         )
+        return TrainingSet(training, held_out if len(held_out) else None)
 
     def __str__(self) -> str:
         return f"{len(self.training)} examples to train on, {len(self.held_out)} held out; {self.audit}"
@@ -94,7 +99,7 @@ def prepare(config: TrainingConfig) -> Prepared:
     """Read and check data, base model and tokenizer. Raises UserError. On disk only the model cache may change."""
     examples, same_root = read_with_roots(data_paths(config), config.domain_names)
     base_folder = find_base_model(config.base_model)
-    _, encoded, audited = audit(base_folder, examples)
+    tokenizer, encoded, audited = audit(base_folder, examples)
     too_long = [
         f"example {number}, which asks {example.prompt.question!r}: {len(ids)} tokens"
         for number, (example, ids) in enumerate(zip(examples, encoded, strict=True), 1)
@@ -119,6 +124,7 @@ def prepare(config: TrainingConfig) -> Prepared:
         held_out,
         [ids_of[example.text] for example in training],
         [ids_of[example.text] for example in held_out],
+        tokenizer,
         audited,
     )
 

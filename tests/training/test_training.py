@@ -20,9 +20,10 @@ from conversation.data.examples import to_jsonl
 from conversation.models.tokenizer import EncodedExample
 from conversation.runs.files import sha256_file
 from conversation.runs.folder import RunFolder
+from conversation.training.batches import OptimizerStepBatches
 from conversation.training.checkpoints import newest_intact_checkpoint
 from conversation.training.prefix_tree import TokenSequence
-from conversation.training.trainer import OptimizerStepBatches, token_sequence
+from conversation.training.training_set import token_sequence
 
 FLAGS = (
     "--learning_rate 3e-3 --warmup_steps 2 --logging_steps 2 --save_steps 3 --max_steps 8 --held_out_share 0.2".split()
