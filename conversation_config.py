@@ -55,7 +55,8 @@ class TrainingConfig:
     base_model: str = setting(FUNCTION_GEMMA, f"hub name, local folder, or {STAND_IN} for the embedded stand-in")
     training_data: str = setting(
         "expert",
-        f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, or a JSONL file",
+        f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, a JSONL or Parquet "
+        "file, or a data set of the hub as owner/name:split",
     )
     domains: str = setting("", "train on these domains of the trees only, separated by commas (default: all)")
     loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
@@ -210,6 +211,9 @@ def names_in(text: str) -> tuple[str, ...]:
 
 def path_from_anywhere(name: str) -> str:
     """A path in the working folder, absolute unless that is the project's, so that it is found from elsewhere, too."""
+    folder, colon, split = name.rpartition(":")
+    if colon and Path(folder).is_dir():  # a data set's folder, and a split of it
+        return f"{path_from_anywhere(folder)}:{split}"
     path = Path(os.path.expanduser(name))
     named = name in (*DATA_SETS, STAND_IN)
     return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT and not named else name

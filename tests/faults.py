@@ -143,7 +143,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 def bad_numbers_at(call: int, what: str) -> None:
     """Make the loss or a gradient of a step infinite or NaN, at the given call."""
-    from conversation.training import trainer
+    from conversation.training import conversation_trainer as trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
 
@@ -162,7 +162,7 @@ def bad_numbers_at(call: int, what: str) -> None:
 
 def losses_twice_as_large_from(call: int) -> None:
     """From the given step on, double the reported loss."""
-    from conversation.training import trainer
+    from conversation.training import conversation_trainer as trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
 

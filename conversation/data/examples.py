@@ -1,6 +1,7 @@
 """Training lines: read and check them, hold some out by tree, count what is in them.
 
-Training data is a folder of conversation trees, or a JSONL file with one object per line whose `text` is an example.
+Training data is a folder of conversation trees, or rows, each an example: a JSONL file with an object a line, a Parquet
+file, a data set of the hub. `rows` says what a row may hold.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conversation.data import strict_json
+from conversation.data.rows import FORMS, named_data_set, parse_row, read_data_set, read_parquet
 from conversation.data.trees import read_listed_trees, read_trees
 from conversation.errors import UserError, list_problems
 from conversation.format.calls import Example
-from conversation.format.parser import FormatError, parse_example
 
 
 def parse_line(line: str) -> Example:
@@ -23,16 +24,7 @@ def parse_line(line: str) -> Example:
     value = strict_json.loads(line)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    if "text" not in value and "nodes" in value:
-        raise ValueError("this is a conversation tree, give the folder that holds its domain's folder")
-    if "text" not in value:
-        raise ValueError("the object has no `text`")
-    text = value["text"]
-    if not isinstance(text, str):
-        raise ValueError(f"`text` is not a string but {type(text).__name__}")
-    if (nul := text.find("\0")) >= 0:
-        raise ValueError(f"`text` holds a NUL character at {nul}")
-    return parse_example(text)
+    return parse_row(value)
 
 
 def read_jsonl(path: Path) -> list[Example]:
@@ -55,14 +47,12 @@ def read_jsonl(path: Path) -> list[Example]:
             examples.append(parse_line(text))
         except UnicodeDecodeError as error:
             problems.append(f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
-        except FormatError as error:
-            problems.append(f"{path}:{number}: not in the text format: {error}")
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     if problems:
         raise UserError(
             f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}",
-            "the text format is described in data/README.md",
+            FORMS,
         )
     if not examples:
         raise UserError(f"{path} holds no training example")
@@ -89,7 +79,7 @@ def _kind_of_text(data: bytes) -> str | None:
 
 
 def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> list[Example]:
-    """Examples from folders of conversation trees, lists of core trees, or JSONL files. Raises UserError."""
+    """Examples from tree folders, lists of core trees, JSONL and Parquet files, data sets. Raises UserError."""
     return read_with_roots(paths, domains)[0]
 
 
@@ -103,17 +93,22 @@ def read_with_roots(
     examples: list[Example] = []
     same_root: dict[str, str] = {}
     for path in [paths] if isinstance(paths, Path) else paths:
-        if not path.exists():
+        data_set = None if path.exists() else named_data_set(str(path))
+        if not path.exists() and not data_set:
             problem = f"there is no training data at {path}"
-            raise UserError(problem, "--training_data takes a JSONL file or a tree folder")
+            raise UserError(
+                problem, "--training_data takes a tree folder, a JSONL or Parquet file, or a data set's name"
+            )
         if path.is_dir() or path.suffix == ".txt":
             trees = read_trees(path, domains) if path.is_dir() else read_listed_trees(path, domains)
             examples += [example for tree in trees for example in tree.examples()]
             same_root.update({question: tree.question for tree in trees for question in tree.also_asked})
         elif domains:
-            raise UserError("--domains needs a folder of conversation trees", f"{path} is a file")
+            raise UserError("--domains needs a folder of conversation trees", f"{path} is none")
+        elif data_set:
+            examples += read_data_set(*data_set)
         else:
-            examples += read_jsonl(path)
+            examples += read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
     return examples, same_root
 
 

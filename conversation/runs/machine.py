@@ -19,7 +19,7 @@ def environment() -> Environment:
     """Versions, machine and git commit, for run.json."""
     import psutil
 
-    packages = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
+    packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "safetensors")
     versions = {name: version for name in packages if (version := _version(name))}
     return Environment(
         versions={"python": platform.python_version(), **versions},
