@@ -66,10 +66,16 @@ class TrainingConfig:
     )
     training_data: str = setting(
         "expert",
-        f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, or a JSONL file",
+        f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, a JSONL or Parquet "
+        "file, or a data set of the hub as owner/name:split",
     )
     domains: str = setting("", "train on these domains of the trees only, separated by commas (default: all)")
     loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
+    step: str = setting(
+        "auto",
+        "how a step computes the loss: shared prefixes once, or as TRL does; auto: shared if the base model allows it",
+        choices=("auto", "shared", "plain"),
+    )
     held_out_share: float = setting(0.1, "share of the examples, by whole trees, kept for the held-out loss")
 
     num_train_epochs: float = setting(7.0, "passes over the training data")
@@ -230,6 +236,9 @@ def names_in(text: str) -> tuple[str, ...]:
 
 def path_from_anywhere(name: str) -> str:
     """A path in the working folder, absolute unless that is the project's, so that it is found from elsewhere, too."""
+    folder, colon, split = name.rpartition(":")
+    if colon and Path(folder).is_dir():  # a data set's folder, and a split of it
+        return f"{path_from_anywhere(folder)}:{split}"
     path = Path(os.path.expanduser(name))
     named = name in (*DATA_SETS, STAND_IN)
     return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT and not named else name
@@ -277,6 +286,8 @@ def set_up_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each training otherwise
     os.environ["MPLBACKEND"] = "agg"  # plots are files; a notebook's leftover would fail
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:

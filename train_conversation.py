@@ -145,7 +145,7 @@ def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftMode
         write_atomically(run.held_out_data, to_jsonl(prepared.held_out))
         run.write(record)
     print(f"Run folder: {shown(run.path)}\n{prepared}\nDevice: {record.environment.machine['device']}")
-    result = train_adapters(model, prepared.training_set, prepared.config, run, checkpoint)
+    result = train_adapters(model, prepared.tokenizer, prepared.training_set, prepared.config, run, checkpoint)
     if is_first_process():
         run.write(replace(record, training=result))
         write_report(run)

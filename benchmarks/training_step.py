@@ -150,7 +150,7 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
 def random_batches(base_folder: Path, data: Path, count: int, seed: int) -> list[list[TokenSequence]]:
     """`count` batches of 8 random examples, with completion loss; no example twice as long as there are enough."""
     from conversation.models.tokenizer import encode_example, load_tokenizer
-    from conversation.training.trainer import token_sequence
+    from conversation.training.training_set import token_sequence
 
     examples = read_training_data(data)
     if len(examples) < EXAMPLES:

@@ -24,6 +24,8 @@ with atheris.instrument_imports(include=["conversation"]):
     from conversation.data.trees import TreeError, parse_tree, read_trees
     from conversation.errors import UserError
     from conversation.format.control_tokens import CONTROL_PATTERN
+    from conversation.format.message_parser import FieldError, from_row
+    from conversation.format.messages import to_row
     from conversation.format.parser import FormatError, parse_answer, parse_example
     from conversation_config import PROJECT
 
@@ -53,7 +55,8 @@ def check_example(text: str) -> None:
 
 def check_line(text: str) -> None:
     example = parse_line(text)
-    assert example.text == json.loads(text)["text"]
+    assert "text" not in (row := json.loads(text)) or example.text == row["text"]
+    assert from_row(json.loads(json.dumps(to_row(example)))) == example
     assert parse_line(to_jsonl([example]).decode()) == example
 
 
@@ -81,7 +84,7 @@ def as_text(data: bytes) -> str:
 TEXT_TARGETS = (check_answer, check_example, check_line)
 BYTES_TARGETS = (check_tree, check_file, lambda data: strict_json.loads(strict_json.decode_utf8(data)))
 TARGETS = 3 * TEXT_TARGETS + BYTES_TARGETS  # an input's first byte chooses; the slower ones come less often
-EXPECTED = (FormatError, TreeError, UserError, ValueError)
+EXPECTED = (FormatError, FieldError, TreeError, UserError, ValueError)
 
 
 def one_input(data: bytes) -> None:
@@ -108,6 +111,7 @@ def write_seeds(folder: Path) -> None:
         small["root"] = "root"
         tree_file = json.dumps(small).encode()
         seeds = {0: example.answer.text.encode(), 1: example.text.encode(), 2: line, 9: tree_file, 10: line, 11: line}
+        seeds[5] = json.dumps(to_row(example)).encode()  # as 2, a line
         for kind, seed in seeds.items():
             (folder / f"{kind}-{i}").write_bytes(bytes([kind]) + seed)
 

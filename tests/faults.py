@@ -16,7 +16,7 @@ from pathlib import Path
 
 def bad_numbers_at(call: int, what: str) -> None:
     """Make the loss or a gradient of a step infinite or NaN, at the given call."""
-    from conversation.training import trainer
+    from conversation.training import conversation_trainer as trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
 
@@ -51,7 +51,7 @@ def a_signal_in_step(call: int) -> None:
 
 def losses_twice_as_large_from(call: int) -> None:
     """From the given step on, double the reported loss."""
-    from conversation.training import trainer
+    from conversation.training import conversation_trainer as trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
 

@@ -1,6 +1,7 @@
 """Training lines: read and check them, hold some out by tree, count what is in them.
 
-Training data is a folder of conversation trees, or a JSONL file with one object per line whose `text` is an example.
+Training data is a folder of conversation trees, or rows, each an example: a JSONL file with an object a line, a Parquet
+file, a data set of the hub. `rows` says what a row may hold.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conversation.data import strict_json
+from conversation.data.rows import FORMS, named_data_set, parse_row, read_data_set, read_parquet
 from conversation.data.trees import Tree, read_listed_trees, read_trees
 from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format.calls import Example
-from conversation.format.parser import FormatError, parse_example
 
 
 def parse_line(line: str) -> Example:
@@ -24,16 +25,7 @@ def parse_line(line: str) -> Example:
     value = strict_json.loads(line)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    if "text" not in value and "nodes" in value:
-        raise ValueError("this is a conversation tree, give the folder that contains its domain's folder")
-    if "text" not in value:
-        raise ValueError("the object has no `text`")
-    text = value["text"]
-    if not isinstance(text, str):
-        raise ValueError(f"`text` is not a string but {type(text).__name__}")
-    if (nul := text.find("\0")) >= 0:
-        raise ValueError(f"`text` contains a NUL character at {nul}")
-    return parse_example(text)
+    return parse_row(value)
 
 
 def read_jsonl(path: Path) -> list[Example]:
@@ -62,13 +54,11 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
             examples.append((f"{path}:{number}", parse_line(text)))
         except UnicodeDecodeError as error:
             problems.append(f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
-        except FormatError as error:
-            problems.append(f"{path}:{number}: not in the text format: {error}")
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     if problems:
         message = f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}"
-        raise UnusableData(message, "the text format is described in data/README.md", problems, examples)
+        raise UnusableData(message, FORMS, problems, examples)
     if not examples:
         raise UserError(f"{path} contains no training example")
     return examples
@@ -116,7 +106,7 @@ class TrainingData:
 
 
 def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> list[Example]:
-    """Examples from folders of conversation trees, lists of core trees, or JSONL files. Raises UserError."""
+    """Examples from tree folders, lists of core trees, JSONL and Parquet files, data sets. Raises UserError."""
     return read_data(paths, domains).check().examples
 
 
@@ -124,33 +114,34 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
     """The examples with their places, and the bad lines and trees. Raises UserError for what is no data at all."""
     data = TrainingData()
     for path in [paths] if isinstance(paths, Path) else paths:
-        if not path.exists():
+        data_set = None if path.exists() else named_data_set(str(path))
+        if not path.exists() and not data_set:
             problem = f"there is no training data at {path}"
-            raise UserError(problem, "--training_data takes a JSONL file or a tree folder")
-        if domains and not path.is_dir() and path.suffix != ".txt":
-            raise UserError("--domains needs a folder of conversation trees", f"{path} is a file")
+            raise UserError(
+                problem, "--training_data takes a tree folder, a JSONL or Parquet file, or a data set's name"
+            )
+        holds_trees = path.is_dir() or path.suffix == ".txt"
+        if domains and not holds_trees:
+            raise UserError("--domains needs a folder of conversation trees", f"{path} is none")
         trees: list[Tree] = []
-        lines: list[tuple[str, Example]] = []
+        rows: list[tuple[str, Example]] = []
         folder = path if path.is_dir() else path.with_name("core_trees")
         try:
-            if path.is_dir():
-                trees = read_trees(path, domains)
-            elif path.suffix == ".txt":
-                trees = read_listed_trees(path, domains)
+            if holds_trees:
+                trees = read_trees(path, domains) if path.is_dir() else read_listed_trees(path, domains)
+            elif data_set:
+                rows = read_data_set(*data_set)
             else:
-                lines = _read_lines(path)
+                rows = read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
         except UnusableData as error:
             data.unusable.append(error)
-            if path.is_dir() or path.suffix == ".txt":
-                trees = error.usable
-            else:
-                lines = error.usable
+            trees, rows = (error.usable, []) if holds_trees else ([], error.usable)
         for tree in trees:
             file = folder / tree.domain / f"{tree.name}.json"
-            lines += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes()]
+            rows += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes()]
             data.same_root.update({question: tree.question for question in tree.also_asked})
-        data.places += [place for place, _ in lines]
-        data.examples += [example for _, example in lines]
+        data.places += [place for place, _ in rows]
+        data.examples += [example for _, example in rows]
     return data
 
 

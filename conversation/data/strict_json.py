@@ -38,7 +38,7 @@ _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "zstd: unpack it with unzstd",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"7z\xbc\xaf": "a 7z archive: unpack it",
-    b"PAR1": "Parquet: export it as JSONL",
+    b"PAR1": "Parquet: its name must end in .parquet",
     b"SQLite format 3": "an SQLite database: export it as JSONL",
     b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it with git lfs pull",
     b"<!DOCTYPE": "a web page: fetch the file itself",

@@ -17,7 +17,7 @@ from conversation_config import PROJECT
 
 def environment(device: str = "") -> Environment:
     """Versions, machine and git commit, for run.json. `device`: where the run computes, and why there."""
-    packages = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
+    packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "safetensors")
     versions = {name: version for name in packages if (version := _version(name))}
     return Environment(
         versions={"python": platform.python_version(), **versions},

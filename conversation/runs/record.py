@@ -129,7 +129,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The figures of a finished training. Losses are in nats per label token; files map to SHA-256."""
+    """The figures of a finished training. Losses are in nats per label token; files map to SHA-256.
+
+    `step`: "shared" or "plain", the step that it used; None in records of before there were two.
+    """
 
     steps: int
     first_window_loss: float
@@ -141,6 +144,7 @@ class TrainingResult:
     adapter_files: dict[str, str]
     files: dict[str, str]
     finished: str
+    step: str | None = None
     memory_plan: MemoryPlan | None = None
 
     def __str__(self) -> str:

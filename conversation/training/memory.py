@@ -41,25 +41,33 @@ def memory_sentence(budget: TokenBudget, steps: Sequence[Sequence[TokenSequence]
 # --- what a checkpoint keeps beside the Trainer's state -------------------------------------------------------------
 
 
-def save_progress(checkpoint: Path, process: int, budget: TokenBudget, window: Sequence[float]) -> None:
-    """Write a process's token budget and the losses of the steps since the last logged window into a checkpoint."""
+def save_progress(checkpoint: Path, process: int, budget: TokenBudget | None, window: Sequence[float]) -> None:
+    """Write a process's token budget and the losses of the steps since the last logged window into a checkpoint.
+
+    The plain step has no budget: None.
+    """
     checkpoint.mkdir(exist_ok=True)
-    value = {"window": list(window), "token_budget": budget.tokens, "machine": _this_machine()}
+    tokens = budget.tokens if budget else None
+    value = {"window": list(window), "token_budget": tokens, "machine": _this_machine()}
     write_json(_file(checkpoint, process), value)
 
 
-def load_progress(checkpoint: Path, process: int, measured: TokenBudget) -> tuple[TokenBudget, list[float]]:
+def load_progress(
+    checkpoint: Path, process: int, measured: TokenBudget | None
+) -> tuple[TokenBudget | None, list[float]]:
     """The token budget for a resumed run, and the losses of the steps since its last logged window.
 
-    `measured`: the budget by the memory that is free now. On the same machine the run keeps its own, which divides its
-    steps as before, unless that no longer fits. A checkpoint of an earlier version has neither.
+    `measured`: the budget by the memory that is free now; None for the plain step, which has none. On the same machine
+    the run keeps its own, which divides its steps as before, unless that no longer fits. A checkpoint of an earlier
+    version has neither.
     """
     if not _file(checkpoint, process).exists():
         return measured, []
     value: dict[str, Any] = read_json(_file(checkpoint, process))
-    kept, window = int(value["token_budget"]), [float(loss) for loss in value["window"]]
-    if value["machine"] != _this_machine():
+    window = [float(loss) for loss in value["window"]]
+    if measured is None or value["token_budget"] is None or value["machine"] != _this_machine():
         return measured, window
+    kept = int(value["token_budget"])
     if kept * measured.bytes_per_token <= KEPT_SHARE * measured.free_bytes:
         return replace(measured, tokens=kept), window
     print(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conversation.data.examples import TrainingData, read_data, split_by_tree, to_jsonl
 from conversation.data.quality import assess
@@ -26,8 +27,11 @@ from conversation.runs.files import check_disk_space
 from conversation.runs.machine import environment, number_of_processes
 from conversation.runs.record import DataIdentity, RunRecord, now
 from conversation.runs.schedule import problem_with_rates
-from conversation.training.trainer import TrainingSet, token_sequence
+from conversation.training.training_set import TrainingSet, to_dataset
 from conversation_config import DATA_SETS, KEPT_CHECKPOINTS, PROJECT, TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Prepared:
     held_out: list[Example]
     encoded_training: list[EncodedExample]
     encoded_held_out: list[EncodedExample]
+    tokenizer: PreTrainedTokenizerBase
     audit: Audit
 
     @property
@@ -49,11 +54,11 @@ class Prepared:
 
     @property
     def training_set(self) -> TrainingSet:
-        return TrainingSet(
-            [token_sequence(ids, self.config.loss_on) for ids in self.encoded_training],
-            [token_sequence(ids, self.config.loss_on) for ids in self.encoded_held_out],
-            [example.prompt.question for example in self.training],
+        training, held_out = (
+            to_dataset(encoded, [example.prompt.question for example in examples], self.config.loss_on)
+            for encoded, examples in ((self.encoded_training, self.training), (self.encoded_held_out, self.held_out))
         )
+        return TrainingSet(training, held_out if len(held_out) else None)
 
     def __str__(self) -> str:
         return f"{len(self.training)} examples to train on, {len(self.held_out)} held out; {self.audit}"
@@ -98,7 +103,7 @@ def prepare(config: TrainingConfig) -> Prepared:
     failed: dict[int, str] = {}
     try:
         base_folder = find_base_model(config.base_model)
-        _, encoded, audited = audit(base_folder, data.examples, failed=failed)
+        tokenizer, encoded, audited = audit(base_folder, data.examples, failed=failed)
     except UserError:
         data.check()  # what is wrong with the data is the nearer problem
         raise
@@ -118,6 +123,7 @@ def prepare(config: TrainingConfig) -> Prepared:
         held_out,
         [ids_of[example.text] for example in training],
         [ids_of[example.text] for example in held_out],
+        tokenizer,
         audited,
     )
 

@@ -49,7 +49,7 @@ def use_shared_prefix_attention(model: nn.Module) -> None:
     """Prepare a causal language model for `shared_prefix_loss`. Call it once, before the model is wrapped for DDP.
 
     Generation and every other use of the model work as with sdpa. Raises ValueError for a model whose loss this module
-    would not compute correctly: by its configuration, or by a comparison on two short examples.
+    would not compute correctly: by its configuration, or by a comparison on two short examples. It is then as it was.
     """
     causal_lm = find_causal_lm(model)
     name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
@@ -58,10 +58,20 @@ def use_shared_prefix_attention(model: nn.Module) -> None:
     unknown = set(getattr(causal_lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ValueError(f"{name}: layers of type {', '.join(sorted(unknown))} are unknown to the shared-prefix step")
-    causal_lm.set_attn_implementation(ATTENTION_NAME)
-    if causal_lm.config._attn_implementation != ATTENTION_NAME:
-        raise ValueError(f"{name} does not let its attention be replaced")
-    _check_against_plain_forward(model, name)
+    before = causal_lm.config._attn_implementation
+    try:
+        causal_lm.set_attn_implementation(ATTENTION_NAME)
+        if not uses_shared_prefix_attention(model):
+            raise ValueError(f"{name} does not let its attention be replaced")
+        _check_against_plain_forward(model, name)
+    except ValueError:
+        causal_lm.set_attn_implementation(before)
+        raise
+
+
+def uses_shared_prefix_attention(model: nn.Module) -> bool:
+    """Whether a model is ready for `shared_prefix_loss`."""
+    return find_causal_lm(model).config._attn_implementation == ATTENTION_NAME
 
 
 def shared_prefix_loss(model: nn.Module, tree: PrefixTree) -> Tensor:
@@ -71,7 +81,7 @@ def shared_prefix_loss(model: nn.Module, tree: PrefixTree) -> Tensor:
     count of the whole effective batch before the backward pass. Under `torch.no_grad()` the head skips the gradient.
     """
     causal_lm = find_causal_lm(model)
-    if causal_lm.config._attn_implementation != ATTENTION_NAME:
+    if not uses_shared_prefix_attention(model):
         raise ValueError("call use_shared_prefix_attention(model) before shared_prefix_loss")
     head = causal_lm.get_output_embeddings()
     hidden = hidden_states(model, tree).index_select(0, tree.predicting.to(head.weight.device))

@@ -63,7 +63,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             seconds, steps = time.monotonic() - self.began[0], state.global_step - self.began[1]
-            rate = steps * args.train_batch_size * args.world_size / seconds
+            examples = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            rate = examples / seconds
             self.bar.set_postfix_str(f"loss {self.trainer.step_loss:.3f}, {rate:.2f} examples/s", refresh=False)
             self.bar.update()
         if state.global_step >= state.max_steps:

@@ -26,10 +26,11 @@ from conversation.models import tokenizer
 from conversation.models.tokenizer import EncodedExample
 from conversation.runs.files import file_hashes, sha256_file, write_json
 from conversation.runs.folder import RunFolder
+from conversation.training.batches import OptimizerStepBatches
 from conversation.training.checkpoints import CHECKPOINT_HASHES, newest_intact_checkpoint
 from conversation.training.prefix_tree import TokenSequence
 from conversation.training.preparation import prepare
-from conversation.training.trainer import OptimizerStepBatches, token_sequence
+from conversation.training.training_set import token_sequence
 from conversation_config import TrainingConfig
 
 FLAGS = (

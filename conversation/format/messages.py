@@ -1,0 +1,81 @@
+"""Examples as chat messages with tools, the form of TRL and of OpenAI's API: written. `message_parser` reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conversation.format.calls import INSTRUCTION, TIMESTAMP, Example
+
+PARAMETERS = {
+    "add_text": {"content": ("string", "Response text")},
+    "add_choice": {
+        "text": ("string", "User's response text"),
+        "confidence": ("number", "Confidence 0.0-1.0"),
+        "target": ("string", "Target node name"),
+    },
+}
+"""The parameters of the two functions: JSON type and description, as the declarations of the prompt have them."""
+DESCRIPTIONS = {
+    "add_text": "Adds AI response text to current node.",
+    "add_choice": "Adds one predicted user response choice.",
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": DESCRIPTIONS[name],
+            "parameters": {
+                "type": "object",
+                "properties": {key: {"type": kind, "description": text} for key, (kind, text) in parameters.items()},
+                "required": list(parameters),
+            },
+        },
+    }
+    for name, parameters in PARAMETERS.items()
+]
+"""The declarations as JSON schemas, for `apply_chat_template(..., tools=TOOLS)`."""
+
+
+def to_row(example: Example) -> dict[str, Any]:
+    """The example as `messages` and `tools`: `message_parser.from_row` gives it back.
+
+    A system message, the instruction, stands only before a prompt with a date of its own.
+    """
+    messages: list[dict[str, Any]] = []
+    if example.prompt.timestamp != TIMESTAMP:
+        content = INSTRUCTION.format(timestamp=example.prompt.timestamp).strip()
+        messages.append({"role": "system", "content": content})
+    for utterance in example.prompt.history:
+        if utterance.speaker == "User":
+            messages.append({"role": "user", "content": utterance.text})
+        elif messages and messages[-1]["role"] == "assistant":
+            messages[-1]["tool_calls"].append(_call("add_text", content=utterance.text))
+        else:
+            messages.append(_assistant([_call("add_text", content=utterance.text)]))
+    calls = [_call("add_text", content=text) for text in example.answer.fragments]
+    calls += [
+        _call("add_choice", text=each.text, confidence=_as_number(each.confidence), target=each.target)
+        for each in example.answer.follow_ups
+    ]
+    messages += [{"role": "user", "content": example.prompt.question}, _assistant(calls)]
+    return {"messages": messages, "tools": TOOLS}
+
+
+def _assistant(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _as_number(confidence: str) -> float | str:
+    """A number where reading it gives the text back, as 0.80 for two decimals; else the text."""
+    number = float(confidence)
+    return number if as_text(number) == confidence else confidence
+
+
+def as_text(confidence: float) -> str:
+    """A confidence as the training data writes it, with two decimals; with more if it has more."""
+    return f"{confidence:.2f}" if round(confidence, 2) == confidence else repr(confidence)
