@@ -253,7 +253,7 @@ def _hash(value: dict[str, Any]) -> str:
 
 # --- resuming -------------------------------------------------------------------------------------------------------
 
-HARMLESS_CHANGES = ("logging_steps", "save_steps")
+HARMLESS_CHANGES = ("logging_steps", "save_steps", "report_to")
 LENGTH = ("num_train_epochs", "max_steps")
 
 

@@ -97,6 +97,10 @@ class Prepared:
 
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check data, base model and tokenizer. Raises UserError. On disk only the model cache may change."""
+    if config.trackers:
+        from conversation.training.trackers import check_trackers
+
+        check_trackers(config.trackers)
     examples, same_root = read_with_roots(data_paths(config), config.domain_names)
     base_folder = find_base_model(config.base_model)
     tokenizer, encoded, audited = audit(base_folder, examples)
