@@ -105,6 +105,10 @@ class TrainingConfig:
 
     logging_steps: int = setting(5, "the logged loss is the mean over a window of this many steps")
     save_steps: int = setting(50, "steps between checkpoints; the newest 3 are kept")
+    report_to: str = setting(
+        "none",
+        "trackers that get the metrics, by transformers' names, with commas: tensorboard, wandb, trackio, ...",
+    )
     seed: int = setting(42, "seed of adapters, order of the data and dropout")
 
     def __post_init__(self) -> None:
@@ -147,6 +151,11 @@ class TrainingConfig:
     @property
     def domain_names(self) -> tuple[str, ...]:
         return names_in(self.domains)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `report_to`; none of them for "none"."""
+        return tuple(name for name in names_in(self.report_to) if name != "none")
 
     @property
     def examples_per_step(self) -> int:
@@ -216,13 +225,13 @@ def resolve_settings(args: argparse.Namespace, recorded: TrainingConfig | None =
 
 
 def flags_of(config: TrainingConfig) -> list[str]:
-    """The flags that give these settings: the fewest, whichever recipe that takes."""
+    """The flags that give these settings: the fewest, whichever recipe that takes. Trackers are left to each run."""
     found = []
     for name, recipe in RECIPES.items():
         start = TrainingConfig(**recipe)
         flags = [] if not recipe else ["--demo"] if name == "demo" else ["--recipe", name]
         for spec in fields(TrainingConfig):
-            if (value := getattr(config, spec.name)) != getattr(start, spec.name):
+            if spec.name != "report_to" and (value := getattr(config, spec.name)) != getattr(start, spec.name):
                 dashed = isinstance(value, str) and value.startswith("-")  # would be taken for a flag
                 flags += [f"--{spec.name}={value}"] if dashed else [f"--{spec.name}", str(value)]
         found.append(flags)

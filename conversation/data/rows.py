@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format.calls import Example
 from conversation.format.message_parser import from_row, is_row
 from conversation.format.parser import FormatError, parse_example
+from conversation_config import cache_folder
 
 _DATA_SET = re.compile(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _FILE = re.compile(r"\.(jsonl?|txt|csv|parquet|gz|zip)$", re.IGNORECASE)
@@ -72,6 +74,8 @@ def _read(shown: str, source: str, split: str, **options: Any) -> list[tuple[str
     from datasets import load_dataset
 
     datasets.disable_progress_bars()
+    if not any(os.environ.get(variable) for variable in ("HF_HOME", "HF_DATASETS_CACHE")):
+        cache_folder()  # without a home, the cache would be a folder `~` in the working folder
     try:
         rows = load_dataset(source, split=split, **options)
         if columns := rows.column_names:

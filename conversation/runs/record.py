@@ -314,7 +314,7 @@ def _hash(value: dict[str, Any]) -> str:
 
 # --- resuming -------------------------------------------------------------------------------------------------------
 
-HARMLESS_CHANGES = ("logging_steps", "save_steps", "frozen_weights")
+HARMLESS_CHANGES = ("logging_steps", "save_steps", "frozen_weights", "report_to")
 LENGTH = ("num_train_epochs", "max_steps")
 
 

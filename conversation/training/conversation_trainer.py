@@ -39,6 +39,7 @@ from conversation.training.micro_batches import (
 )
 from conversation.training.prefix_tree import build_prefix_tree
 from conversation.training.shared_prefix import shared_prefix_loss, uses_shared_prefix_attention
+from conversation.training.trackers import guard_trackers, write_into
 from conversation.training.training_set import IGNORED, TrainingSet, sequence_of
 from conversation_config import TrainingConfig
 
@@ -75,7 +76,7 @@ def sft_config(config: TrainingConfig, run: RunFolder, shared: bool, held_out: b
         tf32=False if training_device() == "cuda" else None,
         use_cpu=training_device() == "cpu",
         ddp_broadcast_buffers=False,  # a process that repeats its step must not wait for the others
-        report_to=[],
+        report_to=list(config.trackers),
         disable_tqdm=True,
         remove_unused_columns=False,
     )
@@ -99,6 +100,8 @@ class ConversationTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
     ):
         self.shared = uses_shared_prefix_attention(model)
+        if config.trackers:
+            write_into(run)
         super().__init__(
             model=model,
             args=sft_config(config, run, self.shared, data.held_out is not None),
@@ -110,6 +113,7 @@ class ConversationTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        guard_trackers(self)
         self.processing_class = None  # it would be copied into each checkpoint; the base model has it
         self.model_accepts_loss_kwargs = True  # TRL's loss takes the number of labels, whatever the model does
         self._checkpoints = run.checkpoints

@@ -99,6 +99,10 @@ class Prepared:
 
 def prepare(config: TrainingConfig) -> Prepared:
     """Read and check data, base model and tokenizer. Raises UserError. On disk only the model cache may change."""
+    if config.trackers:
+        from conversation.training.trackers import check_trackers
+
+        check_trackers(config.trackers)
     data = read_data(data_paths(config), config.domain_names)
     failed: dict[int, str] = {}
     try:

@@ -139,6 +139,17 @@ def test_a_name_is_a_data_set_a_path_or_neither(tmp_path):
         assert named_data_set(path) is None, path
 
 
+def test_without_a_place_for_the_cache_nothing_is_made_in_the_working_folder(tmp_path, rows, monkeypatch):
+    path = write_parquet(tmp_path / "data.parquet", rows)
+    for variable in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no place for the model cache"):
+        read_training_data(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_only_a_missing_data_set_is_looked_for_outside(tmp_path, monkeypatch, rows):
     """A folder of the working folder is never taken for a data set of the hub."""
     monkeypatch.chdir(tmp_path)
