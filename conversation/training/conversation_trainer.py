@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.models.device import training_device
 from conversation.runs.folder import RunFolder
-from conversation.runs.record import MemoryPlan
+from conversation.runs.memory_plan import MemoryPlan
 from conversation.training.batches import EpochDataLoader, MicroBatches, OptimizerStepBatches
 from conversation.training.checkpoints import newest_intact_checkpoint
 from conversation.training.memory import load_progress, memory_sentence, save_progress

@@ -15,7 +15,7 @@ from conversation.models.frozen_weights import load_in_bfloat16, loses_bits
 from conversation.models.weights import adapter_bytes, fp32_bytes, load_model
 from conversation.runs.files import size
 from conversation.runs.machine import resident_memory_bytes
-from conversation.runs.record import MemoryPlan
+from conversation.runs.memory_plan import MemoryPlan
 from conversation.training.micro_batches import TokenBudget, free_bytes, split_into_micro_batches
 from conversation.training.prefix_tree import TokenSequence, build_prefix_tree
 from conversation.training.shared_prefix import find_causal_lm
