@@ -89,6 +89,8 @@ class ConversationTrainer(SFTTrainer):
     """The SFTTrainer of a run. `model`: from `build_trainable_model`, which decides between the two steps."""
 
     model: PeftModel
+    train_dataset: Any  # datasets.Dataset with TRL's columns; its annotations allow less
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -102,10 +104,11 @@ class ConversationTrainer(SFTTrainer):
         self.shared = uses_shared_prefix_attention(model)
         if config.trackers:
             write_into(run)
+        collator: Any = list if self.shared else None  # None: TRL's own, which pads
         super().__init__(
             model=model,
             args=sft_config(config, run, self.shared, data.held_out is not None),
-            data_collator=list if self.shared else None,  # None: TRL's own, which pads
+            data_collator=collator,
             train_dataset=data.training,
             eval_dataset=data.held_out,
             processing_class=tokenizer,
