@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LEARNS, PROJECT, TOOLS, lay_into_hub_cache, make_home
-from faults import until
+from scripts_at_work import until
 
 LEARNS_NOT = "--max_steps 2 --learning_rate 1e-5".split()
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from conftest import INPUTS, PROJECT, easy_lines
-from faults import finished
+from scripts_at_work import finished
 
 from conversation.data.examples import to_jsonl
 from conversation_config import DATA_SETS
