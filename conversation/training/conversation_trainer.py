@@ -89,8 +89,9 @@ class ConversationTrainer(SFTTrainer):
     """The SFTTrainer of a run. `model`: from `build_trainable_model`, which decides between the two steps."""
 
     model: PeftModel
-    train_dataset: Any  # datasets.Dataset with TRL's columns; its annotations allow less
-    eval_dataset: Any
+    train_dataset: Any  # Dataset; TRL's annotations allow others, without a length
+    eval_dataset: Any  # Dataset | None
+    data_collator: Any
 
     def __init__(
         self,
@@ -102,9 +103,9 @@ class ConversationTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
     ):
         self.shared = uses_shared_prefix_attention(model)
+        collator: Any = list if self.shared else None  # None: TRL's own, which pads
         if config.trackers:
             write_into(run)
-        collator: Any = list if self.shared else None  # None: TRL's own, which pads
         super().__init__(
             model=model,
             args=sft_config(config, run, self.shared, data.held_out is not None),

@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 from conftest import easy_lines
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_training import train, two_processes
 from transformers import GraniteConfig, GraniteForCausalLM
 
@@ -125,6 +125,19 @@ def test_two_processes_train_plainly_what_one_trains(tmp_path, tiny_folder, easy
     for figure in ("loss", "grad_norm"):
         first, second = ([entry[figure] for entry in entries] for entries in logs)
         assert first == pytest.approx(second, rel=1e-3), figure
+
+
+def test_the_plain_step_with_weights_held_in_bfloat16_trains_the_adapters_of_fp32(tmp_path, tiny_folder, easy_data):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    results = [
+        train_here(tmp_path / held, base, easy_data, step="plain", frozen_weights=held)
+        for held in ("float32", "bfloat16")
+    ]
+    (result, adapters), (_, others) = results
+    assert result.memory_plan is None  # the passes are TRL's, and nothing measured them
+    assert all(torch.equal(tensor, others[name]) for name, tensor in adapters.items())
 
 
 def test_bad_numbers_stop_the_plain_step_and_name_the_examples_of_the_whole_step(tmp_path, tiny_folder, easy_data):
