@@ -103,14 +103,14 @@ def test_a_seed_draws_an_answer_again_and_another_seed_another(engine):
 
 
 def test_the_prefix_of_a_parent_and_of_a_sibling_is_not_read_again(engine):
-    history = (Utterance("User", "Who?"), Utterance("AI", "Nobody yet."))  # no other test asks these
-    prompts = Prompt("Who?"), Prompt("Since when?", history), Prompt("Where?", history)
+    history = (Utterance("User", "Who?"), Utterance("AI", "It is near."))
+    prompts = [Prompt("Who?"), Prompt("Where?", history), Prompt("When?", history)]  # not asked by another test
+    root, child, sibling = map(engine.vocabulary.encode_prompt, prompts)
     engine.answer(prompts[0])
     engine.answer(prompts[1])
     after_parent = engine.reused_tokens
     engine.answer(prompts[2])
     after_sibling = engine.reused_tokens
-    root, child, sibling = (engine.vocabulary.encode_prompt(each) for each in prompts)
     assert after_parent >= common_length(root, child) > 5
     assert after_sibling == common_length(child, sibling) > after_parent
     engine.answer(prompts[0])
@@ -250,17 +250,30 @@ def _both(merged, in_f32):
 
 
 def test_a_full_memory_forgets_the_oldest_prompt_and_not_the_answer(in_f32, monkeypatch):
+    def prompt(letter, length):
+        return Prompt("Why?", (Utterance("AI", f"{letter}7" * length),))  # hardly merged: two tokens
+
     whole = open_engine(in_f32)
-    prompts = [Prompt(f"What's {letter}?", HISTORY) for letter in "abcdef"]
-    expected = [whole.answer(prompt) for prompt in prompts]
-    longest = max(map(whole.count_tokens, prompts))
-    monkeypatch.setattr(engines, "CELLS", longest + 512)
-    small = open_engine(in_f32)
-    assert [small.answer(prompt) for prompt in prompts] == expected
+    prompts = [prompt(letter, 40) for letter in "QXZKJV"]
+    expected = [whole.answer(each) for each in prompts]
+    dropped = []
+    monkeypatch.setattr(PrefixCache, "_drop_one", _counted(PrefixCache._drop_one, dropped))
     monkeypatch.setattr(engines, "CELLS", 256)
-    tiny = open_engine(in_f32)
+    assert sum(map(whole.count_tokens, prompts)) > 2 * 256
+    small = open_engine(in_f32)
+    assert [small.answer(each) for each in prompts] == expected
+    assert dropped and all(dropped)
     with pytest.raises(UserError, match="no memory for a text of this length"):
-        tiny.answer(Prompt("Why?", HISTORY * 12))
+        small.answer(prompt("Q", 200))
+    assert not dropped[-1] and small.answer(prompts[0]) == expected[0]
+
+
+def _counted(method, results):
+    def counted(self):
+        results.append(method(self))
+        return results[-1]
+
+    return counted
 
 
 def test_without_the_package_a_sentence_says_how_to_install_it(in_f32, monkeypatch):
