@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def check_card_memory(base_folder: Path, rank: int) -> None:
         return
     import torch
 
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
     needed = fp32_bytes(base_folder) + 4 * adapter_bytes(base_folder, rank)
     if free < needed:
         raise UserError(

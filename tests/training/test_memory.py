@@ -34,7 +34,7 @@ def test_less_memory_than_a_whole_step_takes_is_said_with_both_figures_and_what_
 
 
 def test_a_card_without_room_for_the_model_is_refused_before_the_run_folder_is_made(monkeypatch, tiny_folder):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1_000_000, 6_000_000_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (1_000_000, 6_000_000_000))
     monkeypatch.setattr(device, "_decided", device.Device("cpu", "no card"))
     check_card_memory(tiny_folder, 16)
     monkeypatch.setattr(device, "_decided", device.Device("cuda", "a card"))
@@ -43,7 +43,7 @@ def test_a_card_without_room_for_the_model_is_refused_before_the_run_folder_is_m
     ) as refused:
         check_card_memory(tiny_folder, 16)
     assert "nvidia-smi" in refused.value.hint and "--device cpu" in refused.value.hint
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100_000_000, 6_000_000_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (100_000_000, 6_000_000_000))
     check_card_memory(tiny_folder, 16)
 
 
