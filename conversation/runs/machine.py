@@ -65,8 +65,8 @@ def _memory_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
                 continue
             folder = place / path.lstrip("/")
             for group in (folder, *folder.parents):
-                if group.is_relative_to(place) and (limit := _limit_of_group(group, *names)):
-                    found.append(limit)
+                if group.is_relative_to(place) and (own_limit := _limit_of_group(group, *names)):
+                    found.append(own_limit)
     with contextlib.suppress(OSError, ValueError, IndexError):
         address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
         if address_space != resource.RLIM_INFINITY:

@@ -1,0 +1,143 @@
+"""Several processes that train one run: together they do what one does, and the first decides for all."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import PROJECT, make_home
+from safetensors.torch import load_file
+
+from conversation.runs.folder import RunFolder
+from conversation.training.batches import OptimizerStepBatches
+from conversation.training.checkpoints import newest_intact_checkpoint
+
+FLAGS = (
+    "--learning_rate 3e-3 --warmup_steps 2 --logging_steps 2 --save_steps 3 --max_steps 8 --held_out_share 0.2".split()
+)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # so that two runs add in the same order
+from test_training import train
+
+from conversation.runs.files import file_hashes, write_json
+from conversation.training.checkpoints import CHECKPOINT_HASHES
+
+
+@contextlib.contextmanager
+def two_processes(base, data, run_dir, *flags, project=PROJECT):
+    """What accelerate launch does for several devices; for several CPU processes it would want MPI."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", project / "train_conversation.py"]
+    launch += ["--base_model", base, "--training_data", data, *FLAGS, *(["--run_dir", run_dir] if run_dir else [])]
+    launch += flags
+    launcher = subprocess.Popen(
+        [sys.executable, *map(str, launch)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ONE_THREAD, "ACCELERATE_USE_CPU": "true"},
+    )
+    try:
+        yield launcher
+    finally:  # processes that wait for each other would be waited for
+        for process in (*psutil.Process(launcher.pid).children(), launcher) if launcher.poll() is None else ():
+            process.kill()
+        launcher.communicate()
+
+
+def test_two_processes_train_what_one_trains(tmp_path, tiny_folder, easy_data):
+    plain = ["--lora_dropout", "0", "--logging_steps", "1"]
+    whole = train(tmp_path / "one", tiny_folder, easy_data, *plain)
+    halves = ["--gradient_accumulation_steps", "4", *plain]
+    with two_processes(tiny_folder, easy_data, tmp_path / "run", *halves) as launcher:
+        _, errors = launcher.communicate(timeout=300)
+    assert whole.returncode == 0 and launcher.returncode == 0, errors
+
+    one = load_file(tmp_path / "one" / "checkpoints" / "final_lora" / "adapter_model.safetensors")
+    two = load_file(tmp_path / "run" / "checkpoints" / "final_lora" / "adapter_model.safetensors")
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=1e-3, atol=2e-5), name
+    losses = [RunFolder(tmp_path / name).read().training.held_out_loss for name in ("one", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    steps = [[e for e in RunFolder(tmp_path / name).read_metrics() if "loss" in e] for name in ("one", "run")]
+    for figure in ("loss", "grad_norm"):  # AdamW would forgive a gradient that is twice as long
+        one, two = ([entry[figure] for entry in entries] for entries in steps)
+        assert len(one) == 8 and one == pytest.approx(two, rel=1e-3), figure
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path, tiny_folder, easy_data):
+    run = RunFolder(tmp_path / "run")
+    more = ["--max_steps", "2000", "--save_steps", "1000", "--gradient_accumulation_steps", "4"]
+    with two_processes(tiny_folder, easy_data, run.path, *more) as launcher:
+        deadline = time.monotonic() + 120
+        while not any("loss" in entry for entry in (run.read_metrics() if run.metrics.exists() else [])):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        workers = psutil.Process(launcher.pid).children()
+        (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
+        second.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0 and "stopped by SIGTERM after step" in errors, errors
+    checkpoint, problems = newest_intact_checkpoint(run.checkpoints)
+    assert checkpoint and not problems and f"after step {checkpoint.name.removeprefix('checkpoint-')} of" in errors
+
+
+def test_a_step_holds_the_same_examples_however_many_processes_share_it():
+    one = OptimizerStepBatches(21, per_process=8, seed=1)
+    parts = [OptimizerStepBatches(21, per_process=4, seed=1, process=i, processes=2) for i in range(2)]
+    for epoch in range(3):
+        for batches in (one, *parts):
+            batches.set_epoch(epoch)
+        shared = [sorted(a + b) for a, b in zip(*parts, strict=True)]
+        assert [sorted(batch) for batch in one] == shared
+        assert sorted(i for step in shared for i in step) == list(range(21))
+    one.set_epoch(0)
+    first = list(one)
+    one.set_epoch(1)
+    assert list(one) != first and len(one) == 3
+
+
+def test_the_first_of_several_processes_chooses_the_run_folder_for_all(tmp_path, tiny_folder, own_examples):
+    """Midnight passes between the two: each would choose a folder of its own."""
+    home = make_home(tmp_path / "home", own_examples)
+    folder = home / "conversation" / "runs" / "folder.py"
+    today, shifted = "datetime.date.today()", "(datetime.date(2026, 1, 1 + int(os.environ['RANK'])))"
+    assert folder.read_text().count(today) == 1
+    folder.write_text(folder.read_text().replace(today, shifted))
+    with two_processes(tiny_folder, home / "easy.jsonl", None, "--max_steps", "2", project=home) as launcher:
+        _, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    (run,) = (home / "training-runs" / "conversation").glob("20*")
+    assert run.name == "2026-01-01" and RunFolder(run).read().training.steps == 2
+
+
+CHOOSE = """
+import os, pathlib, shutil, sys, time
+from conversation.training import checkpoints
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+plain = shutil.rmtree
+shutil.rmtree = lambda path: (time.sleep(1), plain(path))
+if rank == "1":  # a slower process would find what the first has half removed
+    checkpoints.newest_intact_checkpoint = lambda folder: (None, ["gone"])
+chosen = checkpoints.choose_checkpoint(folder)
+checkpoints.drop_newer_checkpoints(folder, chosen)
+left = sorted(path.name for path in folder.glob("checkpoint-*"))
+(folder / rank).write_text(f"{chosen.name} of {left}")
+"""
+
+
+def test_the_first_of_several_processes_chooses_the_checkpoint_for_all_and_only_it_removes_broken_ones(tmp_path):
+    for step in (3, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x")
+    write_json(tmp_path / "checkpoint-3" / CHECKPOINT_HASHES, file_hashes(tmp_path / "checkpoint-3"))
+    (tmp_path / "choose.py").write_text(CHOOSE)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "choose.py", tmp_path]
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *map(str, launch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["checkpoint-3 of ['checkpoint-3']"] * 2
