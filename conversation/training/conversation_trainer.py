@@ -85,6 +85,9 @@ class ConversationTrainer(SFTTrainer):
     """The SFTTrainer of a run. `model`: from `build_trainable_model`, which decides between the two steps."""
 
     model: PeftModel
+    train_dataset: Any  # datasets.Dataset, as TRL has prepared it; the library's annotations allow much more
+    eval_dataset: Any  # the same, or None
+    data_collator: Any
 
     def __init__(
         self,
@@ -96,12 +99,13 @@ class ConversationTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
     ):
         self.shared = uses_shared_prefix_attention(model)
+        collator: Any = list if self.shared else None  # None: TRL's own, which pads
         if config.trackers:
             write_into(run)
         super().__init__(
             model=model,
             args=sft_config(config, run, self.shared, data.held_out is not None),
-            data_collator=list if self.shared else None,  # None: TRL's own, which pads
+            data_collator=collator,
             train_dataset=data.training,
             eval_dataset=data.held_out,
             processing_class=tokenizer,
