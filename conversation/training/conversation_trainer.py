@@ -89,8 +89,8 @@ class ConversationTrainer(SFTTrainer):
     """The SFTTrainer of a run. `model`: from `build_trainable_model`, which decides between the two steps."""
 
     model: PeftModel
-    train_dataset: Any  # Dataset; TRL's annotations allow others, without a length
-    eval_dataset: Any  # Dataset | None
+    train_dataset: Any  # datasets.Dataset, as TRL has prepared it; the library's annotations allow much more
+    eval_dataset: Any  # the same, or None
     data_collator: Any
 
     def __init__(

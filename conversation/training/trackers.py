@@ -45,7 +45,7 @@ def write_into(run: RunFolder) -> None:
 
 def guard_trackers(trainer: Trainer) -> None:
     """Guard the trackers among a trainer's callbacks (see GuardedTracker)."""
-    kinds: Any = tuple(integration_utils.INTEGRATION_TO_CALLBACK.values())
+    kinds: tuple[type[TrainerCallback], ...] = tuple(integration_utils.INTEGRATION_TO_CALLBACK.values())
     callbacks: list[Any] = trainer.callback_handler.callbacks
     callbacks[:] = [GuardedTracker(each) if isinstance(each, kinds) else each for each in callbacks]
 

@@ -12,19 +12,12 @@ import pytest
 import torch
 from conftest import PROJECT, make_home
 from safetensors.torch import load_file
-
-from conversation.runs.folder import RunFolder
-from conversation.training.batches import OptimizerStepBatches
-from conversation.training.checkpoints import newest_intact_checkpoint
-
-FLAGS = (
-    "--learning_rate 3e-3 --warmup_steps 2 --logging_steps 2 --save_steps 3 --max_steps 8 --held_out_share 0.2".split()
-)
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # so that two runs add in the same order
-from test_training import train
+from test_training import FLAGS, ONE_THREAD, train
 
 from conversation.runs.files import file_hashes, write_json
-from conversation.training.checkpoints import CHECKPOINT_HASHES
+from conversation.runs.folder import RunFolder
+from conversation.training.batches import OptimizerStepBatches
+from conversation.training.checkpoints import CHECKPOINT_HASHES, newest_intact_checkpoint
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import easy_lines
 from safetensors.torch import load_file, save_file
-from test_training import train, two_processes
+from test_processes import two_processes
+from test_training import train
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from conversation.data.examples import to_jsonl
