@@ -5,12 +5,9 @@
     train_conversation.py                               the default recipe on FunctionGemma
     train_conversation.py --demo                        the short recipe on the embedded stand-in
     train_conversation.py --resume                      go on with the newest run
-    accelerate launch --num_processes 2 train_conversation.py --gradient_accumulation_steps 4
 
-Writes into the run folder: run.json, training_data.jsonl, held_out_data.jsonl, checkpoints/ with final_lora/,
-metrics.jsonl, loss_curve.png, report.md, console.log.
-Exit status: 0 trained; 1 tried and failed; 2 not started; 129, 130 or 143 stopped by a closed terminal, Ctrl-C or
-SIGTERM, with a checkpoint.
+Writes a run folder: run.json, data, checkpoints/ with final_lora/, metrics.jsonl, loss_curve.png, report.md, console.log.
+Exit status: 0 trained; 1 tried and failed; 2 not started; 129, 130 or 143 stopped by a signal, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -45,11 +42,11 @@ def main() -> int:
     from conversation.models.device import use_device
     from conversation.training.preparation import prepare, print_statistics
 
-    if not args.check_data:
-        use_device(args.device)  # before the minutes of work that would be for nothing
     if args.check_data:
         print_statistics(prepare(resolve_settings(args)), as_json=args.json)
-    elif not args.resume:
+        return 0
+    use_device(args.device)  # before the minutes of work that would be for nothing
+    if not args.resume:
         begin(args, prepare(resolve_settings(args)))
     elif run := run_to_resume(args):
         with run.at_work() as record:
@@ -60,9 +57,7 @@ def main() -> int:
 def parse_flags() -> argparse.Namespace:
     parser = CommandLine(__doc__)
     add_training_flags(parser)
-    parser.add_argument(
-        "--run_dir", type=Path, help="the run folder (default: a new one of today; with --resume: the newest)"
-    )
+    parser.add_argument("--run_dir", type=Path, help="the run folder (default: a new one; with --resume: the newest)")
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest intact checkpoint")
     parser.add_argument("--attempt", action="store_true", help="for RETRAIN.sh: the run is its attempt")
     parser.add_argument("--check_data", action="store_true", help="validate, print statistics, train nothing")
@@ -76,8 +71,9 @@ def parse_flags() -> argparse.Namespace:
     if args.attempt and (args.run_dir or args.check_data):
         raise UserError("RETRAIN.sh names the run folder itself and always trains", "see ./RETRAIN.sh --help")
     if args.fp16 or args.bf16:
-        precision = "fp16" if args.fp16 else "bf16"
-        raise UserError(f"{precision} is refused", "train in FP32: Gemma 3's activations overflow to NaN in FP16")
+        raise UserError(
+            f"{'fp16' if args.fp16 else 'bf16'} is refused", "train in FP32: Gemma 3 overflows to NaN in FP16"
+        )
     return args
 
 
@@ -106,9 +102,8 @@ def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
     """The run that `--resume` means; None when RETRAIN.sh has published the last one."""
     from conversation.training.processes import decided_by_first
 
-    if args.attempt:
-        return attempt_to_resume()
-    return RunFolder(Path(decided_by_first(str(chosen_run(args.run_dir).path))))
+    run = attempt_to_resume() if args.attempt else chosen_run(args.run_dir)
+    return run and RunFolder(Path(decided_by_first(str(run.path))))
 
 
 def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:

@@ -95,7 +95,7 @@ def test_the_commands_of_the_readme_work_for_a_newcomer(newcomer):
     assert "Trained 2 steps" in newcomer.does("./run_conversation_training.sh", "--base_model", base, *only)
     newcomer.does(python, "-m", "conversation.models.new_tokens", base, newcomer.folder / "with tokens")
 
-    readme = (newcomer.project / "README.md").read_text(encoding="utf-8")
+    readme = (newcomer.project / "docs" / "python.md").read_text(encoding="utf-8")
     example = next(
         block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "apply_chat_template" in block
     )

@@ -60,7 +60,7 @@ def test_the_default_model_is_trained_merged_tested_and_published(home, publishe
 def test_the_merged_folder_serves_on_its_own_as_the_readme_says(home, published, tmp_path):
     merged = home / "training-runs" / "conversation" / "latest" / "merged_model_fp32"
     shutil.copytree(merged, tmp_path / "elsewhere")
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    readme = (PROJECT / "docs" / "python.md").read_text(encoding="utf-8")
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "apply_chat_template" in block)
     code = code.replace("training-runs/conversation/latest/merged_model_fp32", str(tmp_path / "elsewhere"))
     script = tmp_path / "example.py"
