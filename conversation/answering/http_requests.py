@@ -108,9 +108,14 @@ async def unless_gone(request: Request, job: Job, answer: Callable[[], Any]) -> 
     answering, leaving = asyncio.ensure_future(answer()), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await answering if answering.done() else Response(status_code=GONE)
-    finally:
+        if answering.done():
+            return await answering  # perhaps a stream: the job goes on
         job.cancel()
+        return Response(status_code=GONE)
+    except BaseException:
+        job.cancel()
+        raise
+    finally:
         for task in (answering, leaving):
             task.cancel()
         await asyncio.gather(answering, leaving, return_exceptions=True)
