@@ -126,6 +126,8 @@ def _check_tools(value: Any) -> None:
         tool = _object(place, tool)
         function = _object(f"{place}.function", tool["function"]) if "function" in tool else tool
         name = function.get("name")
+        if not isinstance(name, str):
+            raise FieldError(f"{place}.function.name", f"not a text but {_kind(name)}")
         if name not in PARAMETERS:
             raise FieldError(f"{place}.function.name", f"{name!r} is neither add_text nor add_choice")
         if name in found:
