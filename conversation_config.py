@@ -224,13 +224,13 @@ def resolve_settings(args: argparse.Namespace, recorded: TrainingConfig | None =
 
 
 def flags_of(config: TrainingConfig) -> list[str]:
-    """The flags that give these settings: the fewest, whichever recipe that takes. Trackers are left to each run."""
+    """The flags that give these settings: the fewest, whichever recipe that takes."""
     found = []
     for name, recipe in RECIPES.items():
         start = TrainingConfig(**recipe)
         flags = [] if not recipe else ["--demo"] if name == "demo" else ["--recipe", name]
         for spec in fields(TrainingConfig):
-            if spec.name != "report_to" and (value := getattr(config, spec.name)) != getattr(start, spec.name):
+            if (value := getattr(config, spec.name)) != getattr(start, spec.name):
                 dashed = isinstance(value, str) and value.startswith("-")  # would be taken for a flag
                 flags += [f"--{spec.name}={value}"] if dashed else [f"--{spec.name}", str(value)]
         found.append(flags)

@@ -6,7 +6,7 @@
     train_conversation.py --demo                        the short recipe on the embedded stand-in
     train_conversation.py --resume                      go on with the newest run
 
-Writes a run folder: run.json, data, checkpoints/ with final_lora/, metrics.jsonl, loss_curve.png, report.md, console.log.
+Writes run.json, data, checkpoints/ with final_lora/, metrics.jsonl, loss_curve.png, report.md and console.log.
 Exit status: 0 trained; 1 tried and failed; 2 not started; 129, 130 or 143 stopped by a signal, with a checkpoint.
 """
 

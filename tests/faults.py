@@ -35,7 +35,7 @@ def bad_numbers_at(call: int, what: str) -> None:
 
 def a_signal_in_step(call: int) -> None:
     """Send this process SIGTERM while it takes the given step."""
-    from conversation.training import trainer
+    from conversation.training import conversation_trainer as trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
 

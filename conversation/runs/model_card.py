@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
+from conversation.errors import UserError
 from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RunFolder
@@ -89,7 +91,9 @@ def _metrics(run: RunFolder, record: RunRecord) -> list[tuple[str, str, str, flo
             name = "held-out questions"
             found.append((name, "accuracy", "valid answers", round(tests.held_out_valid / asked, 4)))
             found.append((name, "accuracy", "three distinct follow-ups", round(tests.held_out_distinct / asked, 4)))
-    evaluation = read_evaluation(run.evaluation)
+    evaluation = None
+    with contextlib.suppress(UserError):  # a broken one: the report names it
+        evaluation = read_evaluation(run.evaluation)
     for name, figures in (evaluation.sets if evaluation else {}).items():
         for metric in ("valid", "right_of_five", "answer_relevance"):
             if (value := getattr(figures, metric)) is not None:

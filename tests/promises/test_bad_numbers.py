@@ -64,7 +64,9 @@ def test_a_checkpoint_with_adapters_that_are_not_finite_does_not_stay(tmp_path):
     saving = CheckpointKeeper()
     alone = SimpleNamespace(wait_for_everyone=lambda: None)
     saving.trainer = SimpleNamespace(
-        accelerator=alone, bad_numbers=lambda problem: UserError(f"{problem}; the examples")
+        accelerator=alone,
+        bad_numbers=lambda problem: UserError(f"{problem}; the examples"),
+        save_progress=lambda checkpoint: None,
     )
     saving.on_save(arguments, state, None, model)
     assert (tmp_path / "checkpoint-5" / "hashes.json").exists()

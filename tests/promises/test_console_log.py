@@ -85,8 +85,8 @@ def test_a_resumed_run_logs_the_error_that_ended_it_before_its_first_step(traine
         "train_conversation.py", "--resume", "--max_length", "9", "--run_dir", trained, output=tmp_path / "out"
     )
     log = RunFolder(trained).console_log.read_text()
-    assert status == 2 and "are longer than 9 tokens" in output
-    assert "are longer than 9 tokens" in log and "hint: nothing is cut" in log
+    assert status == 2 and "tokens, more than 9" in output
+    assert "tokens, more than 9" in log and "hint: nothing is cut" in log
 
 
 def test_a_refusal_to_publish_is_in_the_log(tmp_path):

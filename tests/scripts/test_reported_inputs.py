@@ -40,7 +40,7 @@ def test_a_base_folder_that_holds_adapters_is_refused_before_the_training(train,
         (base / name).write_text("{}")
     status, output = train("--run_dir", "run", base=base)
     assert status == 2, output
-    assert f"error: {base} holds adapters: adapter_config.json, adapter_model.safetensors\n" in output
+    assert f"error: {base} contains adapters: adapter_config.json, adapter_model.safetensors\n" in output
     assert "hint: merge them into their base first, or move them away" in output
 
 
@@ -67,7 +67,7 @@ def test_without_training_data_the_projects_is_meant_whatever_lies_in_the_workin
 
     counted = json.loads(output[output.index("{") :])
     assert counted["examples"] == len(read_training_data(DATA_SETS["expert"])) > 1000
-    assert "the project's set expert is meant; for the one here write ./expert" in output
+    assert "this is the project's set expert; for the one here write ./expert" in output
 
 
 @pytest.mark.parametrize(

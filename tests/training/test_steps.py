@@ -99,6 +99,7 @@ def test_a_model_that_the_shared_step_refuses_is_left_as_it_was(granite):
     assert model.get_base_model().config._attn_implementation == before
 
 
+@pytest.mark.slow
 def test_the_plain_step_resumes_where_it_stopped(tmp_path, tiny_folder, easy_data):
     plain = ["--step", "plain", "--save_steps", "3", "--held_out_share", "0"]
     assert train(tmp_path / "whole", tiny_folder, easy_data, *plain, "--max_steps", "5").returncode == 0
@@ -111,6 +112,7 @@ def test_the_plain_step_resumes_where_it_stopped(tmp_path, tiny_folder, easy_dat
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_two_processes_train_plainly_what_one_trains(tmp_path, tiny_folder, easy_data):
     # 36 examples in steps of 8: of an epoch's last step, 4 examples, the second process has one micro-batch of 2 only
     plain = "--step plain --lora_dropout 0 --logging_steps 1 --held_out_share 0 --max_steps 6".split()

@@ -10,7 +10,6 @@ from conversation.data.examples import to_jsonl
 from conversation.errors import UserError
 from conversation.runs.folder import RunFolder
 from conversation.training.trackers import GuardedTracker, check_trackers
-from conversation_config import TrainingConfig, flags_of
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +76,3 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_training_goes_on(capsys)
         guarded.on_log(None, None, None, logs={})
     assert tracker.calls == ["on_train_begin", "on_log"]
     assert capsys.readouterr().out.count("Failing failed, the training goes on without it") == 1
-
-
-def test_the_command_that_repeats_a_run_leaves_its_trackers_out():
-    config = TrainingConfig(report_to="tensorboard, wandb", max_steps=3)
-    assert config.trackers == ("tensorboard", "wandb") and TrainingConfig().trackers == ()
-    assert flags_of(config) == ["--max_steps", "3"]

@@ -177,7 +177,7 @@ def test_whatever_is_wrong_with_the_data_is_listed_at_once_by_line_and_by_node(t
         prepare(config)
     head, *problems = str(refused.value).splitlines()
     assert head == "the training data has 3 problems:"
-    assert problems[0] == f"  {data}:2: the object has no `text`"
+    assert problems[0] == f"  {data}:2: the object has no `text`, and no `messages` or `prompt`"
     assert problems[1] == f"  {data}:3, which asks {long.prompt.question!r}: {limit + 1} tokens, more than {limit}"
     assert problems[2].startswith(f"  {data}:4, which asks ") and "the text is not in NFC" in problems[2]
     assert "data/README.md" in refused.value.hint and "--max_length" in refused.value.hint
