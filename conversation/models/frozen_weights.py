@@ -19,7 +19,6 @@ from conversation.errors import UserError
 from conversation.models.weights import load_model
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 WIDENED_AT_A_TIME = 2**26  # numbers of a matrix; a head is larger, and only an ordinary forward needs its product whole
@@ -109,15 +108,6 @@ class WidenedEmbedding(nn.Embedding):
         ids, places = input.unique(return_inverse=True)
         rows = nn.functional.embedding(ids, self.weight).float()
         return torch.func.functional_call(self, {"weight": rows}, (places,))
-
-
-def widen_head(model: PreTrainedModel | PeftModel) -> None:
-    """Hold the head, and an embedding that shares its weight, in FP32 again, for a loss that multiplies by the weight.
-
-    TRL's does: it does not call the layer, and a product of FP32 with bfloat16 is an error.
-    """
-    head = model.get_output_embeddings()
-    head.weight.data = head.weight.data.float()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.models.adapters import add_adapters
 from conversation.models.device import training_device
-from conversation.models.frozen_weights import widen_head
 from conversation.runs.files import file_hashes, replace_folder, sha256_file
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import peak_memory_bytes
@@ -50,7 +49,6 @@ def build_trainable_model(base_folder: Path, config: TrainingConfig) -> PeftMode
     except ValueError as error:
         raise UserError(f"a {kind} cannot be trained here: {error}", "Gemma, Llama and Qwen models can") from None
     if config.step == "plain":
-        widen_head(model)
         return model
     try:
         use_shared_prefix_attention(model)
@@ -60,7 +58,6 @@ def build_trainable_model(base_folder: Path, config: TrainingConfig) -> PeftMode
                 f"the shared-prefix step cannot train a {kind}: {error}",
                 "leave out --step, and it trains with the loss of TRL",
             ) from None
-        widen_head(model)
         print(f"This model trains with the loss of TRL, not with the shared-prefix step: {error}")
     return model
 
