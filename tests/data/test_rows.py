@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, easy_lines
 
-from conversation.data.examples import read_jsonl, read_training_data
+from conversation.data.examples import read_data, read_jsonl, read_training_data
 from conversation.data.rows import named_data_set
 from conversation.errors import UserError
 from conversation.format.messages import to_row
@@ -73,6 +73,19 @@ def test_every_bad_row_of_a_table_is_listed(tmp_path, rows):
     assert problems[0] == "3 of 6 rows cannot be used:" and caught.value.exit_status == 2
     assert problems[1].strip() == f"{path}, row 2: messages[1].tool_calls: 5 follow-ups, expected 3"
     assert len(problems) == 4 and "data/README.md" in caught.value.hint
+
+
+def test_bad_rows_lines_and_nodes_are_listed_together_and_the_good_ones_keep_their_places(tmp_path, rows):
+    table = write_parquet(tmp_path / "data.parquet", spoiled(rows))
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in spoiled(rows)))
+    data = read_data([table, lines])
+    assert data.places == [f"{table}, row {n}" for n in (1, 3, 6)] + [f"{lines}:{n}" for n in (1, 3, 6)]
+    assert data.examples == [easy_lines()[i] for i in (0, 2, 5)] * 2
+    assert [len(error.problems) for error in data.unusable] == [3, 3]
+    with pytest.raises(UserError) as caught:
+        data.check()
+    assert all(f"{table}, row {n}: " in str(caught.value) and f"{lines}:{n}: " in str(caught.value) for n in (2, 4, 5))
 
 
 def test_a_table_with_other_columns_is_refused_in_one_sentence(tmp_path):
