@@ -129,9 +129,10 @@ def test_stop_keeps_what_came_and_the_draft_can_be_asked_again(browser, serve):
         came = len(fragments(page))
         assert 1 <= came < 4
         eventually(lambda: server.asked()[0]["ended"], "given up")
-        document = server.document()
-        (node,) = document["nodes"].values()
-        assert node["state"] == "draft" and len(node["fragments"]) == came
+        eventually(
+            lambda: [(node["state"], len(node["fragments"])) for node in server.document()["nodes"].values()],
+            [("draft", came)],
+        )
         press(page, "r")
         arrived(page, QUESTION)
         assert len(fragments(page)) == 4 and len(nodes(page)) == 1

@@ -102,9 +102,9 @@ def test_follow_ups_are_of_few_kinds_and_most_answers_name_a_thing_of_the_topic(
     assert 0.4 < sum(map(is_stock, texts)) / len(texts) < 0.75
 
 
-def test_the_starter_topics_are_thirty_a_domain_with_all_that_the_evaluation_knows(held_out):
+def test_the_starter_topics_are_twelve_a_domain_with_all_that_the_evaluation_knows(held_out):
     starter = read_listed_trees(STARTER_TOPICS)
-    assert set(Counter(tree.domain for tree in starter).values()) == {30} and len(starter) == 150
+    assert set(Counter(tree.domain for tree in starter).values()) == {12} and len(starter) == 60
     assert {case.topic for case in held_out if case.set_name == "known"} <= {tree.name for tree in starter}
 
 
@@ -161,7 +161,7 @@ def test_the_card_tells_the_size_and_shape_of_the_core_set(card, trees, nodes):
     assert not missing(
         card,
         f"{len(trees)} topics, {len(nodes):,} nodes, {len(examples):,} examples",
-        f"150 of the core topics ({len(starter):,} examples)",
+        f"60 of the core topics ({len(starter):,} examples)",
         f"{asked_at_root:,} examples ask a root, {len(examples) - asked_at_root:,} a child",
         f"{sum(wordings['roots'] + wordings['children']):,} fragments, all different,"
         f" in {roots.total() + children.total():,} wordings: the {roots[3]:,} of the roots have three each;"
