@@ -63,17 +63,16 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--check_data", action="store_true", help="validate, print statistics, train nothing")
     parser.add_argument("--json", action="store_true", help="with --check_data: print one JSON object")
     add_device_flag(parser)
-    parser.add_argument("--fp16", action="store_true", help="refused: Gemma 3's activations overflow to NaN")
-    parser.add_argument("--bf16", action="store_true", help="refused: Turing cards lack it, and the model is FP32")
+    refused = {"fp16": "Gemma 3's activations overflow to NaN", "bf16": "Turing cards lack it, and the model is FP32"}
+    for half, reason in refused.items():
+        parser.add_argument(f"--{half}", dest="half", action="store_const", const=half, help=f"refused: {reason}")
     args = parser.parse_args()
     if args.json and not args.check_data:
         raise UserError("--json goes with --check_data")
     if args.attempt and (args.run_dir or args.check_data):
         raise UserError("RETRAIN.sh names the run folder itself and always trains", "see ./RETRAIN.sh --help")
-    if args.fp16 or args.bf16:
-        raise UserError(
-            f"{'fp16' if args.fp16 else 'bf16'} is refused", "train in FP32: Gemma 3 overflows to NaN in FP16"
-        )
+    if args.half:
+        raise UserError(f"{args.half} is refused", f"train in FP32: {refused[args.half]}")
     return args
 
 
