@@ -38,7 +38,7 @@ def main() -> int:
     check_packages()
     from conversation.answering.answer_queue import AnswerQueue
     from conversation.answering.guard import Access
-    from conversation.answering.listening import listen, open_browser, run_server, show_loading, url_of
+    from conversation.answering.listening import LoadingLine, listen, open_browser, run_server, url_of
     from conversation.answering.server import Service, make_app
     from conversation.runs.conversation_files import ConversationFiles
 
@@ -60,12 +60,14 @@ def main() -> int:
     if args.port not in (0, port):
         print(f"Port {args.port} is in use; this server takes {port}.")
 
+    loading = LoadingLine(f"Loading {shown(source)} ...")
+
     def say_ready() -> None:
+        loading.done()
         print(f"Ready: {url}  (OpenAI's API: {url}v1; Ctrl-C ends it)", flush=True)
         if not args.no_browser and not open_browser(url):
             print("No browser was found here: open that address yourself.", flush=True)
 
-    show_loading(queue, f"Loading {shown(source)} ...")
     run_server(make_app(service, access), listener, queue, say_ready)
     print("Ended.")
     return 0

@@ -168,8 +168,6 @@ class Handler(BaseHTTPRequestHandler):
         body = self.body()
         if self.path == "/api/answer":
             self.answer(body)
-        elif self.path.endswith("/picked"):
-            self.count_picked(body)
         elif self.path.endswith("/training_tree"):
             document = json.loads(self.path_of(self.path.split("/")[3]).read_text())
             if "refused" in document["title"]:
@@ -185,17 +183,6 @@ class Handler(BaseHTTPRequestHandler):
         part = file.with_suffix(".part")
         part.write_text(json.dumps(document))
         part.replace(file)
-
-    def count_picked(self, body):
-        file = self.path_of(self.path.split("/")[3])
-        with self.server.lock:
-            document = json.loads(file.read_text()) if file.exists() else {"nodes": {}}
-            node = document["nodes"].get(body["node"])
-            if not node:
-                return self.error(404, "there is no such node")
-            node["picked"][body["choice"]] += 1
-            self.write(file, document)
-        self.json({"picked": node["picked"]})
 
     # --- answers ---
 

@@ -49,10 +49,12 @@ async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
     return bytes(body)
 
 
-async def read_object(request: Request, most: int = MAX_BODY) -> dict[str, Any]:
-    """The JSON object in a body. Raises Refused."""
+async def read_object(request: Request, most: int = MAX_BODY, may_be_empty: bool = False) -> dict[str, Any]:
+    """The JSON object in a body; an empty one for no body, where that may be. Raises Refused."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     body = await read_body(request, most)
+    if may_be_empty and not body:
+        return {}
     if kind != "application/json":
         raise Refused(415, "the request is not JSON", "send it with content-type: application/json")
     try:

@@ -183,20 +183,25 @@ def _cancel(timer: asyncio.TimerHandle | None) -> None:
 # --- for the person at the console -----------------------------------------------------------------------------------
 
 
-def show_loading(queue: AnswerQueue, what: str) -> None:
-    """Say on the console, in a thread of its own, how long the model has been loading."""
+class LoadingLine:
+    """A line on the console that says what is loaded and, on a terminal, for how long already."""
 
-    def show() -> None:
-        started = time.monotonic()
-        while not queue.engine and not queue.failure:
-            if sys.stdout.isatty():
-                print(f"\r{what} {time.monotonic() - started:.0f} s", end="", flush=True)
-            time.sleep(0.5)
-        if queue.engine:
-            begin = "\r" if sys.stdout.isatty() else ""
-            print(f"{begin}{what} done in {time.monotonic() - started:.1f} s", flush=True)
+    def __init__(self, what: str):
+        self._what, self._started = what, time.monotonic()
+        self._ended = threading.Event()
+        self._terminal = sys.stdout.isatty()
+        print(what, end="" if self._terminal else "\n", flush=True)
+        if self._terminal:
+            threading.Thread(target=self._count, daemon=True).start()
 
-    threading.Thread(target=show, daemon=True).start()
+    def done(self) -> None:
+        self._ended.set()
+        begin = "\r" if self._terminal else ""
+        print(f"{begin}{self._what} done in {time.monotonic() - self._started:.1f} s", flush=True)
+
+    def _count(self) -> None:
+        while not self._ended.wait(0.5):
+            print(f"\r{self._what} {time.monotonic() - self._started:.0f} s", end="", flush=True)
 
 
 def open_browser(url: str) -> bool:

@@ -23,7 +23,7 @@ def describe() -> Json:
                 "post": {
                     **_does("An answer as server-sent events: fragment, choice, done, error", _ref("Question")),
                     "responses": {
-                        "200": {"description": "events", "content": {"text/event-stream": {"schema": _TEXT}}},
+                        "200": {"description": "events", "content": {"text/event-stream": {"schema": _EVENT}}},
                         **_errors(400, 408, 413, 415, 429, 503),
                     },
                 }
@@ -42,10 +42,12 @@ def describe() -> Json:
             },
             "/api/conversations/{id}/training_tree": {
                 "parameters": [_ID],
-                "post": {
-                    "summary": "Save it as a training tree",
-                    "responses": {"200": _json("saved", _ref("TrainingTree")), **_errors(404, 422)},
-                },
+                "post": _sends(
+                    "Save it as a training tree",
+                    _object({"leave_out": {"type": "array", "items": _TEXT}}, optional=("leave_out",)),
+                    _ref("TrainingTree"),
+                    (404, 408, 413, 415, 422),
+                ),
             },
             "/api/conversations/{id}/picked": {
                 "parameters": [_ID],
@@ -68,6 +70,7 @@ def describe() -> Json:
 
 
 _TEXT: Json = {"type": "string"}
+_EVENT: Json = {"type": "object", "properties": {"event": _TEXT, "data": _TEXT}, "required": ["data"]}
 _ID = {
     "name": "id",
     "in": "path",
@@ -122,7 +125,7 @@ def _sends(summary: str, body: Json, answer: Json, errors: tuple[int, ...]) -> J
 def _chat_completions() -> Json:
     answers = {
         "application/json": {"schema": _ref("ChatCompletion")},
-        "text/event-stream": {"schema": _TEXT},
+        "text/event-stream": {"schema": _EVENT},
     }
     return {
         **_does("OpenAI: an answer, as tool calls or as text", _ref("ChatRequest")),

@@ -149,8 +149,12 @@ class OwnApi:
         return JSONResponse(await run_in_threadpool(self._files.read, identifier), headers=_FRESH)
 
     async def training_tree(self, request: Request) -> Response:
-        saved = await run_in_threadpool(self._files.save_training_tree, request.path_params["id"])
-        path, _, warnings = saved
+        body = await read_object(request, may_be_empty=True)
+        leave_out = _field(body, "leave_out", list, [])
+        if not all(isinstance(name, str) for name in leave_out):
+            raise Refused(400, "leave_out is not a list of nodes' ids", parameter="leave_out")
+        identifier = request.path_params["id"]
+        path, _, warnings = await run_in_threadpool(self._files.save_training_tree, identifier, leave_out)
         return JSONResponse({"path": shown(path), "folder": shown(path.parent.parent), "warnings": warnings})
 
     async def picked(self, request: Request) -> Response:

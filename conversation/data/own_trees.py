@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,9 +45,10 @@ class _Place:
     followed: list[_Place | None] = field(default_factory=list)
 
 
-def training_tree(conversation: Conversation) -> OwnTree:
-    """Make the tree. Raises TreeError with every problem that only the reader can put right."""
-    maker = _Maker(conversation)
+def training_tree(conversation: Conversation, leave_out: Collection[str] = ()) -> OwnTree:
+    """Make the tree, without the nodes of these ids. Raises TreeError with every problem that only the reader can put
+    right."""
+    maker = _Maker(conversation, leave_out)
     root = maker.place(conversation.root)
     if maker.problems:
         raise TreeError(list(dict.fromkeys(maker.problems)))
@@ -58,11 +59,13 @@ def training_tree(conversation: Conversation) -> OwnTree:
 
 
 class _Maker:
-    def __init__(self, conversation: Conversation):
+    def __init__(self, conversation: Conversation, leave_out: Collection[str]):
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self._children: dict[str | None, list[Node]] = {}
         for node in sorted(conversation.nodes.values(), key=lambda each: each.created):
+            if node.id in leave_out and node.parent is not None:
+                continue
             self._children.setdefault(node.parent, []).append(node)
         root = conversation.root
         if root.state != "whole":

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,12 @@ class ConversationFiles:
             self._write(identifier, document, conversation.revision)
             return picked
 
-    def save_training_tree(self, identifier: str) -> tuple[Path, OwnTree, list[str]]:
-        """Make a training tree and keep it: (its path, the tree, all warnings). Raises NotThere, TreeError."""
-        made = training_tree(self._read(identifier)[1])
+    def save_training_tree(self, identifier: str, leave_out: Collection[str] = ()) -> tuple[Path, OwnTree, list[str]]:
+        """Make a training tree, without the nodes of some ids, and keep it: (its path, the tree, all warnings).
+
+        Raises NotThere, TreeError.
+        """
+        made = training_tree(self._read(identifier)[1], leave_out)
         folder = self._own_trees / made.tree.domain
         make_folder(folder, "name another with --data_dir")
         path = folder / f"{made.tree.name}.json"

@@ -83,6 +83,17 @@ def test_streamed_each_call_comes_whole_in_a_chunk_of_its_own(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_a_stream_goes_on_while_the_model_writes(tmp_path):
+    """Its parts come one by one; none is there yet when the stream begins."""
+    with serving(tmp_path, FakeEngine(pace=0.1)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        for options, parts in (({"tools": TOOLS}, len(CALLS)), ({}, len(FRAGMENTS))):
+            chunks = [chunk.choices[0] for chunk in create(client, stream=True, **options)]
+            assert sum(bool(choice.delta.tool_calls or choice.delta.content) for choice in chunks) == parts
+            assert chunks[-1].finish_reason in ("tool_calls", "stop")
+        assert server.engine.stopped_after == []
+
+
 def test_the_clients_own_accumulation_of_a_stream_gives_the_whole_answer(client):
     """A client adds up deltas: names and arguments as texts, calls by their index."""
     with client.chat.completions.stream(model="fake-model", messages=QUESTION, tools=TOOLS) as stream:

@@ -74,6 +74,15 @@ def test_a_conversation_is_exported_as_a_tree_that_the_reader_accepts(page):
     assert root.follow_ups[2].confidence == "0.13"
 
 
+def test_an_own_question_takes_the_place_of_the_least_likely_choice_that_nobody_followed(page):
+    ask(page)
+    own(page, "What of satellites?")
+    press(page, "k", "3")
+    arrived(page, THIRD)
+    tree = read(*exported(page, "Export as tree file"))
+    assert [each.text for each in tree.nodes[tree.name].follow_ups] == [FIRST, "What of satellites?", THIRD]
+
+
 def test_drafts_second_answers_and_bad_ones_stay_out_of_a_tree(page):
     grow(page)
     press(page, "b", "h", "t")

@@ -261,6 +261,10 @@ def test_prefetching_is_given_up_when_the_reader_goes_elsewhere_and_a_running_on
         arrived(page, fetching)
         lines = [len(entry["history"]) for entry in server.asked() if entry["question"] == fetching]
         assert lines.count(min(lines)) == 1, "it was not asked a second time"
+        eventually(lambda: page.locator(".choice .state").first.inner_text(), "fetching")
+        deepest = max(server.asked(), key=lambda entry: len(entry["history"]))
+        press(page, "k")
+        eventually(lambda: next(e["ended"] for e in server.asked() if e["history"] == deepest["history"]), "given up")
 
 
 def test_prefetching_can_be_switched_off(page, server):

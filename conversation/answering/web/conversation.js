@@ -111,6 +111,12 @@ export const withNode = (doc, node) => ({ ...doc, nodes: { ...doc.nodes, [node.i
 
 export const changeNode = (doc, id, change) => (nodeOf(doc, id) ? withNode(doc, { ...nodeOf(doc, id), ...change }) : doc);
 
+/** With one more pick of a node's choice. */
+export function counted(doc, id, place) {
+  const picked = nodeOf(doc, id).picked.map((count, i) => count + (i === place));
+  return changeNode(doc, id, { picked });
+}
+
 /** Without a node and what is below it. The parent becomes current if the current node goes. */
 export function withoutBranch(doc, id) {
   const gone = new Set(branchOf(doc, id));

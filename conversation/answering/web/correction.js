@@ -114,5 +114,7 @@ function show(form, problems) {
     line.append(h("span", {}, `${input.getAttribute("aria-label")} ${problem}. `));
   }
   for (const line of form.querySelectorAll(".problem")) line.hidden = !line.childElementCount;
-  form.querySelector("[aria-invalid]")?.focus();
+  const first = form.querySelector("[aria-invalid]");
+  first?.focus();
+  first?.closest(".row").scrollIntoView({ block: "nearest" });
 }

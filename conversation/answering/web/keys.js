@@ -7,7 +7,7 @@ import { openDialog } from "./dialogs.js";
 import { h } from "./dom.js";
 
 /** [group, [[keys, what, run(actions)]]]; the first key of each is the one that help and buttons name. */
-export const KEYS = [
+const KEYS = [
   [
     "Ask",
     [

@@ -3,12 +3,12 @@
 // A tab works on its own copy of a document. What it last read or wrote in the browser is the base for merging with
 // other tabs; what the server last had is the base for merging with the server, where another browser may have saved.
 
-import { nodeOf } from "./conversation.js";
 import { merge } from "./merge.js";
 import * as server from "./server.js";
 
 const SEND_AFTER = 500; // milliseconds without a change
 const SEND_AGAIN = 15_000;
+const LEFT = "left "; // in local storage: what was not written yet when the page was left
 
 export class Library {
   #store;
@@ -17,6 +17,7 @@ export class Library {
   #queue = Promise.resolve();
   #timer = null;
   #channel = new BroadcastChannel("conversations");
+  #writing = new Map(); // id -> the document that is being written
 
   /**
    * `page` is told what happens: `mine(id)` gives this tab's document, `changed(id, doc)` that it became another one
@@ -27,6 +28,7 @@ export class Library {
     this.#store = store;
     this.#page = page;
     this.#channel.addEventListener("message", ({ data }) => this.#readAgain(data));
+    addEventListener("pagehide", () => this.#leave());
   }
 
   /** The records of all conversations that are not deleted, the one with the newest question first. */
@@ -44,14 +46,9 @@ export class Library {
     return record.doc;
   }
 
-  /** Whether the server has this node, as far as is known here. */
-  async isOnServer(id, nodeId) {
-    const record = await this.#store.get(id);
-    return Boolean(record?.base && nodeOf(record.base, nodeId));
-  }
-
   /** Keeps this tab's document in the browser, merged with what another tab wrote; later it is sent. */
   save(doc, { send = true } = {}) {
+    this.#writing.set(doc.id, doc);
     return this.#inTurn(async () => {
       const ours = this.#page.mine(doc.id) ?? doc;
       const seen = this.#seen.get(doc.id);
@@ -61,12 +58,36 @@ export class Library {
         return { base: null, ...stored, id: doc.id, doc: met?.doc ?? ours, unsent: true, deleted: false };
       });
       this.#seen.set(doc.id, record);
+      if (this.#writing.get(doc.id) === doc) this.#writing.delete(doc.id);
       this.#channel.postMessage(doc.id);
       if (met) this.#adopt(record.doc, ours);
       if (met?.copies.length) this.#page.met(met);
       if (send) this.sendSoon();
       this.#page.listed();
     });
+  }
+
+  /** A page that is left, or loaded again, has no time for the database: what is being written is put aside. */
+  #leave() {
+    for (const [id, doc] of this.#writing) {
+      try {
+        localStorage.setItem(LEFT + id, JSON.stringify({ doc, base: this.#seen.get(id)?.doc ?? null }));
+      } catch {
+        // no storage, or it is full
+      }
+    }
+  }
+
+  /** Takes in what a page left; to be called before a conversation is opened. */
+  async recover() {
+    for (const key of Object.keys(localStorage).filter((each) => each.startsWith(LEFT))) {
+      const { doc, base } = JSON.parse(localStorage.getItem(key));
+      await this.#store.change(doc.id, (stored) => {
+        if (stored?.deleted) return stored;
+        return { base: null, deleted: false, ...stored, id: doc.id, doc: stored ? merge(base, doc, stored.doc).doc : doc, unsent: true };
+      });
+      localStorage.removeItem(key);
+    }
   }
 
   /** Deletes a conversation here, and on the server when it is there. `save` brings it back. */

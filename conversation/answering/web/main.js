@@ -57,15 +57,8 @@ const reader = new Reader({
   undo,
   say: { announce, notify },
   changed: (how) => render(how),
-  countPicked: async (id, node, choice) =>
-    (await library.isOnServer(id, node)) ? server.countPicked(id, node, choice).catch(unlessServer) : null,
 });
 
-/** For what may fail on the server without harm. */
-function unlessServer(error) {
-  if (!(error instanceof server.ServerError)) throw error;
-  return null;
-}
 
 // --- the views ----------------------------------------------------------------------------------------------------------
 
@@ -137,7 +130,7 @@ const actions = {
     await library.send();
     try {
       const { path, warnings } = await server.saveTrainingTree(reader.doc.id, made.leaveOut);
-      notify([`Saved as ${path}.`, ...(warnings ?? [])].join(" "), { topic: "saved", kind: "error" });
+      notify([`Saved as ${path}.`, ...(warnings ?? [])].join(" "), { topic: "saved", stays: true });
     } catch (error) {
       const { problems } = error.body?.error ?? {};
       if (problems) sayProblems(server.sentences({ message: error.message }), problems, server.sentences({ hint: error.hint }));
@@ -252,7 +245,7 @@ const connection = new Connection(async (state, before) => {
     composer.render();
     await library.fetch();
   } catch (error) {
-    unlessServer(error);
+    if (!(error instanceof server.ServerError)) throw error;
     if (error.status === 401) notify("The server's key is another one now.", { kind: "error", topic: "key", action: { label: "Log in", run: () => location.reload() } });
   }
   await library.send();
@@ -261,6 +254,7 @@ const connection = new Connection(async (state, before) => {
 // --- begin --------------------------------------------------------------------------------------------------------------
 
 status.setConnection("unknown", "");
+if (store.kept) await library.recover();
 const [id, node] = addressed();
 const opened = id && (await openConversation(id, node, { focus: false }));
 if (!opened) {

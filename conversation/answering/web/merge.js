@@ -49,13 +49,16 @@ const startsLike = (part, whole) =>
 function mergeNodes(before, our, their) {
   const merged = { ...their };
   for (const field of Object.keys(our)) {
-    if (field === "picked") merged.picked = our.picked.map((count, i) => Math.max(count, their.picked[i] ?? 0));
+    if (field === "picked") merged.picked = our.picked.map((count, i) => sum(before?.picked[i], count, their.picked[i]));
     else if (!WORDS.includes(field) && !(before && same(our[field], before[field]))) merged[field] = our[field];
   }
   const oursOnly = before ? same(words(before), words(their)) : false;
   if (oursOnly || startsLike(their, our)) for (const field of WORDS) merged[field] = our[field];
   return merged;
 }
+
+/** What both counted: picks since `before` come together; without it, the greater count holds both. */
+const sum = (before, our, their) => (before === undefined ? Math.max(our, their) : our + their - before);
 
 /** A node that stays keeps its parents, also those that the other side deleted. */
 function keepParents(nodes, ours, theirs) {

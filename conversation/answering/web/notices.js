@@ -11,8 +11,10 @@ export function announce(text) {
   while (live.childElementCount > 12) live.firstElementChild.remove();
 }
 
-/** Shows a sentence; `action` is {label, run}; the same `topic` replaces an earlier notice; "error" stays until closed. */
-export function notify(text, { action = null, kind = "info", topic = null } = {}) {
+/**
+ * Shows a sentence; `action` is {label, run}; the same `topic` replaces an earlier notice; what `stays` is there until
+ * it is closed, as an error is. */
+export function notify(text, { action = null, kind = "info", topic = null, stays = kind === "error" } = {}) {
   const region = byId("notices");
   for (const each of region.children) if (topic && each.dataset.topic === topic) each.remove();
   const close = () => {
@@ -33,7 +35,7 @@ export function notify(text, { action = null, kind = "info", topic = null } = {}
   let timer;
   const start = () => {
     clearTimeout(timer);
-    if (kind !== "error") timer = setTimeout(close, STAYS);
+    if (!stays) timer = setTimeout(close, STAYS);
   };
   for (const event of ["mouseenter", "focusin"]) notice.addEventListener(event, () => clearTimeout(timer));
   for (const event of ["mouseleave", "focusout"]) notice.addEventListener(event, start);

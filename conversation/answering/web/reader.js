@@ -7,17 +7,14 @@ import { undone } from "./undo.js";
 
 const anySeed = () => Math.floor(Math.random() * 2 ** 31);
 
-/**
- * `say` has notify and announce; `changed({focus})` is called after every change, with whether to move the focus;
- * `countPicked(id, node, choice)` tells the server, and gives its counts or null.
- */
+/** `say` has notify and announce; `changed({focus})` is called after every change, with whether to move the focus. */
 export class Reader {
   doc = null;
   #running = new Map(); // node id -> RunningAnswer
   #visited = new Map(); // node id -> the child that was read last
 
-  constructor({ library, prefetch, gains, undo, say, changed, countPicked }) {
-    Object.assign(this, { library, prefetch, gains, undo, say, changed, countPicked });
+  constructor({ library, prefetch, gains, undo, say, changed }) {
+    Object.assign(this, { library, prefetch, gains, undo, say, changed });
   }
 
   get node() {
@@ -72,20 +69,10 @@ export class Reader {
     if (!node?.choices[place]) return;
     const asked = performance.now();
     const children = tree.childrenOf(this.doc, node.id).filter((child) => child.from_choice === place);
-    this.#count(node.id, place);
+    this.doc = tree.counted(this.doc, node.id, place);
     if (children.length) return this.go(this.#lastVisited(children));
     const child = tree.newNode(node.id, node.choices[place].text, place);
     this.#send(child, { ahead: this.prefetch.take(node, place), asked });
-  }
-
-  /** Counts a pick: on the server, or here, if it does not know the node yet or is away. */
-  async #count(nodeId, place) {
-    const { id } = this.doc;
-    const { picked } = (await this.countPicked(id, nodeId, place)) ?? {};
-    if (this.doc?.id !== id || !tree.nodeOf(this.doc, nodeId)) return;
-    const before = tree.nodeOf(this.doc, nodeId).picked;
-    this.doc = tree.changeNode(this.doc, nodeId, { picked: picked ?? before.map((count, i) => count + (i === place)) });
-    this.library.save(this.doc);
   }
 
   /** Asks the current question again; the new answer stands beside the old one, or replaces a draft. */

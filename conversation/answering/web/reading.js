@@ -191,7 +191,7 @@ export class Reading {
       action("star", "Mark path", "f", () => this.reader.favourite(), pressed(node.favourite)),
       action("correct", "Correct", "t", () => this.correct()),
       action("edit", "Reword", "e", () => this.actions.editQuestion()),
-      action("again", "Ask again", "r", () => this.reader.askAgain()),
+      action("again", "Again", "r", () => this.reader.askAgain()),
       action("remove", "Delete", "Delete", () => this.reader.remove()),
     );
   }

@@ -26,7 +26,7 @@ export function textProblem(text, limit) {
   return token ? `holds the control token ${token[0]}` : null;
 }
 
-export function confidenceProblem(confidence) {
+function confidenceProblem(confidence) {
   if (typeof confidence !== "number" || !Number.isFinite(confidence)) return "is not a number";
   return confidence >= 0 && confidence <= 1 ? null : "is not between 0 and 1";
 }

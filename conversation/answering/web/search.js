@@ -26,7 +26,8 @@ const wordsOf = (query) => query.toLowerCase().split(/\s+/).filter(Boolean);
 
 /** Opens the search over a promise of documents; gives the hit that was picked, or null. */
 export function openSearch(coming) {
-  let docs = [];
+  let docs = null; // until they have come
+  let goes = false; // whether Enter was pressed before that
   let hits = [];
   let at = 0;
   const input = h("input", {
@@ -56,12 +57,12 @@ export function openSearch(coming) {
         else input.removeAttribute("aria-activedescendant");
       };
       const update = () => {
-        hits = search(docs, input.value);
+        hits = search(docs ?? [], input.value);
         const words = wordsOf(input.value);
         list.replaceChildren(...hits.map((hit, i) => option(hit, i, words, () => close(hit))));
         list.hidden = !hits.length;
         input.setAttribute("aria-expanded", String(hits.length > 0));
-        found.textContent = !words.length ? "" : hits.length === MOST ? `The first ${MOST} hits` : hits.length ? `${hits.length} ${hits.length === 1 ? "hit" : "hits"}` : "Nothing found";
+        found.textContent = !words.length || !docs ? "" : hits.length === MOST ? `The first ${MOST} hits` : hits.length ? `${hits.length} ${hits.length === 1 ? "hit" : "hits"}` : "Nothing found";
         select(0);
       };
       input.addEventListener("input", update);
@@ -69,6 +70,7 @@ export function openSearch(coming) {
         if (event.key === "ArrowDown") select(at + 1);
         else if (event.key === "ArrowUp") select(at - 1);
         else if (event.key === "Enter" && hits[at]) close(hits[at]);
+        else if (event.key === "Enter" && !docs) goes = true;
         else return;
         event.preventDefault();
       });
@@ -77,6 +79,7 @@ export function openSearch(coming) {
       coming.then((all) => {
         docs = all;
         update();
+        if (goes && hits.length) close(hits[0]);
       });
     },
   });

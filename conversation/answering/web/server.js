@@ -46,7 +46,6 @@ export const putConversation = (doc) => json("PUT", conversation(doc.id), { body
 export const deleteConversation = (id) => json("DELETE", conversation(id));
 export const saveTrainingTree = (id, leaveOut) =>
   json("POST", `${conversation(id)}/training_tree`, { body: { leave_out: leaveOut } });
-export const countPicked = (id, node, choice) => json("POST", `${conversation(id)}/picked`, { body: { node, choice } });
 
 /**
  * Asks the model; `prompt` is {question, history, prefetch, seed}, with a seed for an answer that is to differ. Yields {event: "fragment" | "choice" | "done", data} as each arrives, ends after "done".
@@ -63,7 +62,7 @@ export async function* answer(prompt, signal) {
 }
 
 /** Server-sent events with JSON data, from the body of a response. */
-export async function* events(body) {
+async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
