@@ -12,4 +12,6 @@ python=$(prepare_environment requirements.txt requirements-use.txt requirements-
 "$python" -m mypy
 "$(dirname -- "$python")/shellcheck" --external-sources \
     RETRAIN.sh run_conversation_training.sh scripts/*.sh tests/run.sh .ci/run
-exec "$python" -m pytest "$@"
+# Two files of tests at a time, each with one thread: most tests are too small for two.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

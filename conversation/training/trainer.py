@@ -31,10 +31,6 @@ from conversation.training.watch import ExplosionGuard, Progress, heed_signals
 from conversation_config import TrainingConfig
 
 
-class Interrupted(UserError):
-    """A signal stopped the training. A checkpoint of the last step is saved."""
-
-
 def build_trainable_model(base_folder: Path, config: TrainingConfig) -> PeftModel:
     """The base model with fresh adapters, ready for the step that `--step` asks for.
 
@@ -73,8 +69,8 @@ def train_adapters(
     """Train a model's adapters and leave them in the run's `final_lora`.
 
     `model`: from `build_trainable_model`. `tokenizer`: the base's. `checkpoint`: from `choose_checkpoint`; None starts
-    anew. Raises Interrupted after a signal; UserError (status 1) when the loss or a gradient is not finite, when the
-    loss explodes, or when the disk is full.
+    anew. Raises UserError: after a signal (128 + its number; the step is saved); status 1 when the loss or a gradient
+    is not finite, when the loss explodes, or when the disk is full.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     progress, saving, explosion = Progress(run), CheckpointKeeper(), ExplosionGuard()
@@ -97,7 +93,7 @@ def train_adapters(
         remove_unfinished_checkpoints(run.checkpoints)
         raise training_failure(error, run, 3 * adapters) from error
     if progress.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
+        raise UserError(
             f"stopped by {progress.signal.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
             "the step is saved; go on with the same command and --resume",
             128 + progress.signal,

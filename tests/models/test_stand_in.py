@@ -15,9 +15,10 @@ pytestmark = pytest.mark.standin
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, standin_folder, own_examples):
     folder = tmp_path_factory.mktemp("standin")
-    (folder / "data.jsonl").write_bytes(to_jsonl(own_examples[:30]))
+    (folder / "data.jsonl").write_bytes(to_jsonl(own_examples[:20]))
     flags = "--base_model gemma-3-270m --max_steps 4 --warmup_steps 1 --learning_rate 1e-3 --logging_steps 1".split()
-    flags += ["--held_out_share", "0.4", "--training_data", str(folder / "data.jsonl")]
+    flags += ["--gradient_accumulation_steps", "4", "--held_out_share", "0.4"]
+    flags += ["--training_data", str(folder / "data.jsonl")]
     done = run_script("train_conversation.py", *flags, "--run_dir", folder / "run")
     assert done.returncode == 0, done.stderr
     return RunFolder(folder / "run")
