@@ -27,11 +27,13 @@ OWN_TREES = PROJECT / "training-runs" / "own_trees"  # training trees made from 
 HELD_OUT_QUESTIONS = PROJECT / "data" / "held_out_questions.jsonl"
 EVALUATION_QUESTIONS = tuple(PROJECT / "data" / "evaluation" / f"{name}.jsonl" for name in ("known", "unseen"))
 CORE_TREES, EXPERT_TREES = PROJECT / "data" / "core_trees", PROJECT / "data" / "conversation_trees"
-STARTER_TOPICS = PROJECT / "data" / "starter_topics.txt"  # <domain>/<topic>, a line each
+STARTER_TOPICS, SELECTED_TOPICS = (PROJECT / "data" / f"{name}_topics.txt" for name in ("starter", "selected"))
+"""Lists of core topics: <domain>/<topic>, a line each."""
 DATA_SETS = {
     "core": (CORE_TREES,),
     "expert": (EXPERT_TREES,),
     "both": (CORE_TREES, EXPERT_TREES),
+    "selected": (SELECTED_TOPICS,),
     "starter": (STARTER_TOPICS,),
 }
 """The project's own training data, by the names that --training_data takes. What each is for: data/README.md."""
@@ -181,9 +183,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lora_dropout": 0.0,  # few passes: it would cost time and prevent nothing
         "held_out_share": 0.02,
     },
+    "tuned": {
+        "training_data": "selected",  # 300 topics, the starter topics among them
+        "num_train_epochs": 3.0,
+        "learning_rate": 1e-3,
+        "warmup_steps": 30,
+        "lora_dropout": 0.0,
+        "held_out_share": 0.02,
+    },
 }
 """Named sets of settings. `original`: the defaults. `demo`: a short recipe that teaches the stand-in the format and 60
-topics, on two CPU cores. What was tried: benchmarks/recipes.md."""
+topics, on two CPU cores. `tuned`: 300 topics in about three hours there. What was tried: benchmarks/recipes.md."""
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from conversation_config import (
     EVALUATION_QUESTIONS,
     EXPERT_TREES,
     HELD_OUT_QUESTIONS,
+    SELECTED_TOPICS,
     STARTER_TOPICS,
 )
 
@@ -102,10 +103,16 @@ def test_follow_ups_are_of_few_kinds_and_most_answers_name_a_thing_of_the_topic(
     assert 0.4 < sum(map(is_stock, texts)) / len(texts) < 0.75
 
 
-def test_the_starter_topics_are_twelve_a_domain_with_all_that_the_evaluation_knows(held_out):
-    starter = read_listed_trees(STARTER_TOPICS)
+def test_the_lists_of_topics_are_even_over_the_domains_with_all_that_the_evaluation_knows(held_out):
+    starter, selected = (read_listed_trees(path) for path in (STARTER_TOPICS, SELECTED_TOPICS))
     assert set(Counter(tree.domain for tree in starter).values()) == {12} and len(starter) == 60
-    assert {case.topic for case in held_out if case.set_name == "known"} <= {tree.name for tree in starter}
+    assert set(Counter(tree.domain for tree in selected).values()) == {60} and len(selected) == 300
+    known, small, large = (
+        {case.topic for case in held_out if case.set_name == "known"},
+        {tree.name for tree in starter},
+        {tree.name for tree in selected},
+    )
+    assert known <= small <= large
 
 
 def test_no_held_out_question_or_answer_is_in_any_training_data(held_out, trees):
@@ -143,7 +150,10 @@ def missing(card, *sentences):
 
 def test_the_card_tells_the_size_and_shape_of_the_core_set(card, trees, nodes):
     examples = [example for tree in trees for example in tree.examples()]
-    starter = [example for tree in read_listed_trees(STARTER_TOPICS) for example in tree.examples()]
+    starter, selected = (
+        [example for tree in read_listed_trees(path) for example in tree.examples()]
+        for path in (STARTER_TOPICS, SELECTED_TOPICS)
+    )
     wordings = {
         part: [
             len(answer.fragments)
@@ -161,7 +171,8 @@ def test_the_card_tells_the_size_and_shape_of_the_core_set(card, trees, nodes):
     assert not missing(
         card,
         f"{len(trees)} topics, {len(nodes):,} nodes, {len(examples):,} examples",
-        f"60 of the core topics ({len(starter):,} examples)",
+        f"`starter`, 60 of the core topics ({len(starter):,} examples)",
+        f"`selected`, 300 of the core topics ({len(selected):,} examples)",
         f"{asked_at_root:,} examples ask a root, {len(examples) - asked_at_root:,} a child",
         f"{sum(wordings['roots'] + wordings['children']):,} fragments, all different,"
         f" in {roots.total() + children.total():,} wordings: the {roots[3]:,} of the roots have three each;"
