@@ -1,9 +1,11 @@
 """The real 270M stand-in: audit, a few steps that lower the loss, a verified merge, one generation."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import run_script
+from conftest import PROJECT, run_script
 
 from conversation.data.examples import to_jsonl
 from conversation.models import audit
@@ -43,7 +45,15 @@ def test_the_merge_is_verified_within_the_memory_promised(trained):
     assert done.returncode == 0, done.stderr
     merge = trained.read().merge
     assert merge.largest_logit_difference < 2e-4 * merge.largest_logit
-    assert merge.peak_memory_bytes < 2.5 * merge.model_bytes
+    assert merge.peak_memory_bytes - memory_of_the_program() < 2.2 * merge.model_bytes
+
+
+def memory_of_the_program() -> int:
+    """What the libraries take before any model is loaded: 0.4 GB with torch's CPU build, 0.7 with CUDA's."""
+    imports = "import torch, peft, transformers.models.gemma3; from conversation.runs.machine import peak_memory_bytes"
+    command = [sys.executable, "-c", f"{imports}; print(peak_memory_bytes())"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, check=True)
+    return int(done.stdout)
 
 
 def test_an_untrained_model_fails_its_tests(trained, tmp_path):

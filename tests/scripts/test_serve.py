@@ -42,6 +42,12 @@ run_main(serve_conversation_model.main)
 """
 
 
+def heed_signals():
+    """As from a terminal: the tests may run under nohup or in the background, where the shell ignores two signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Served:
     """The script at work over an engine that answers at once; `lines` are what it printed so far."""
 
@@ -50,7 +56,12 @@ class Served:
         command = [sys.executable, "-c", code, "--model", str(tmp_path), "--data_dir", str(tmp_path), *map(str, flags)]
         clean = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "BROWSER")}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**clean, **(env or {})}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**clean, **(env or {})},
+            preexec_fn=heed_signals,
         )
         self.lines = []
         for line in self.process.stdout:
