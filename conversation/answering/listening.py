@@ -69,8 +69,8 @@ def run_server(
     """Serve until SIGINT, SIGTERM or SIGHUP, or until the queue's engine fails to open, whose error is then raised.
 
     At the first signal no more requests are taken; the answer at work is finished, for at most GRACE_SECONDS, and what
-    waits is told, as is who reads an answer that takes longer. At the second all ends at once. `when_ready` is called, in a thread of its own, when the engine is
-    open.
+    waits is told, as is who reads an answer that takes longer. At the second all ends at once. `when_ready` is called,
+    in a thread of its own, when the engine is open.
     """
     asyncio.run(serve(make_server(app), listener, queue, when_ready, signals=True))
     if queue.failure:
