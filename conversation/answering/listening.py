@@ -116,11 +116,14 @@ async def serve(
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP: leave that
             asyncio.get_running_loop().add_signal_handler(number, end)
     queue.start()
-    watching = asyncio.gather(_watch(server, queue, when_ready), _give_up_in_time(server, queue))
+    watching = [
+        asyncio.create_task(each) for each in (_watch(server, queue, when_ready), _give_up_in_time(server, queue))
+    ]
     try:
         await server._serve([listener])  # `serve` would raise the signal again after its end
     finally:
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         await asyncio.to_thread(queue.stop)
 
 
