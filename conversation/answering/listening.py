@@ -25,7 +25,8 @@ TRIED_PORTS = 20
 HEADER_SECONDS = 20.0  # for the head of a request; a body has its own limit
 WRITE_SECONDS = 60.0  # for a client to take what it was sent
 KEEP_ALIVE_SECONDS = 75  # longer than the pools of clients keep a connection, which would else fail at random
-GRACE_SECONDS = 10  # for the answer at work and its reader, when the server is told to end
+GRACE_SECONDS = 10  # for the answer at work, when the server is told to end
+LAST_SECONDS = 5  # then, for its reader to be told; uvicorn breaks off what is left
 MAX_CONNECTIONS = 500
 
 
@@ -68,8 +69,8 @@ def run_server(
     """Serve until SIGINT, SIGTERM or SIGHUP, or until the queue's engine fails to open, whose error is then raised.
 
     At the first signal no more requests are taken; the answer at work is finished, for at most GRACE_SECONDS, and what
-    waits is told. At the second all ends at once. `when_ready` is called, in a thread of its own, when the engine is
-    open.
+    waits is told, as is who reads an answer that takes longer. At the second all ends at once. `when_ready` is called,
+    in a thread of its own, when the engine is open.
     """
     asyncio.run(serve(make_server(app), listener, queue, when_ready, signals=True))
     if queue.failure:
@@ -88,7 +89,7 @@ def make_server(app: Any) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS + LAST_SECONDS,
         limit_concurrency=MAX_CONNECTIONS,
     )
     return uvicorn.Server(config)
@@ -115,11 +116,14 @@ async def serve(
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP: leave that
             asyncio.get_running_loop().add_signal_handler(number, end)
     queue.start()
-    watching = asyncio.create_task(_watch(server, queue, when_ready))
+    watching = [
+        asyncio.create_task(each) for each in (_watch(server, queue, when_ready), _give_up_in_time(server, queue))
+    ]
     try:
         await server._serve([listener])  # `serve` would raise the signal again after its end
     finally:
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         await asyncio.to_thread(queue.stop)
 
 
@@ -131,6 +135,14 @@ async def _watch(server: uvicorn.Server, queue: AnswerQueue, when_ready: Callabl
         server.should_exit = True
     else:
         threading.Thread(target=when_ready, daemon=True).start()
+
+
+async def _give_up_in_time(server: uvicorn.Server, queue: AnswerQueue) -> None:
+    """Once the server is to end, wait for the answer at work, then tell who reads it that the server is ending."""
+    while not server.should_exit:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(GRACE_SECONDS)
+    queue.stop(0)
 
 
 class _Patient(H11Protocol):

@@ -2,7 +2,8 @@
 
 The template is written from the constants of `calls`. Ollama puts the tokenizer's <bos> before it. It joins
 neighbouring messages of one role with an empty line; a line of the history has none, so a client sends an answer's
-fragments as tool calls, or in one message.
+fragments as tool calls, or in one message. What stands between two calls, a line break, Ollama's parser returns as
+content; a client sends it back beside the calls, and the template leaves it out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def modelfile(gguf_name: str) -> str:
         each
         + f"{{{{ if not ({last}) }}}}"
         + '{{ if eq .Role "user" }}  User: "{{ .Content }}"\n{{ end }}'
-        + '{{ if eq .Role "assistant" }}{{ if .Content }}  AI: "{{ .Content }}"\n{{ end }}'
+        + '{{ if eq .Role "assistant" }}'
+        + '{{ if not .ToolCalls }}{{ if .Content }}  AI: "{{ .Content }}"\n{{ end }}{{ end }}'
         + '{{ range .ToolCalls }}{{ if eq .Function.Name "add_text" }}  AI: "{{ .Function.Arguments.content }}"\n'
         + "{{ end }}{{ end }}{{ end }}{{ end }}{{ end }}"
     )

@@ -19,12 +19,14 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from conversation.errors import UserError
+from conversation.format import calls
 from conversation.models.llama_cpp import quantize
 from conversation.runs.files import read_json, shown
 from conversation_config import EXPORT_TYPES
 
 SWA_PERIOD = 6
 """Every sixth layer attends to all: llama.cpp computes Gemma 3 so, whatever its file says."""
+TOLERANT_MESSAGES = Path(calls.__file__).with_name("tolerant_messages.jinja")
 VOCABULARY_BYTES = 12_000_000  # tokens, scores, types and metadata of Gemma's vocabulary; at most
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0, Type.Q5_1: Type.F16, Type.Q8_0: Type.F16, Type.Q5_0: Type.F16}
 """Where rows are no whole number of blocks: of 256 for the K types, of 32 for the others."""
@@ -271,10 +273,10 @@ def _id_of(names: Mapping[int, str], token: str | None) -> int:
 
 
 def tolerant_chat_template(template: str) -> str:
-    """The chat template of a merged folder, for programs that ask less carefully.
+    """The chat template of a merged folder, for programs that ask less carefully (`tolerant_messages.jinja`).
 
-    llama.cpp's server tries a template without tools and with a system message before it starts. So the trained tools
-    are declared when none are given, and system messages are left out: the trained prompt has no place for them.
+    llama.cpp's server tries a template without tools before it starts: the trained ones are declared when none are
+    given.
     """
     tools = []
     for name, description, arguments in _TOOLS:
@@ -283,10 +285,5 @@ def tolerant_chat_template(template: str) -> str:
         tools.append({"name": name, "description": description, "parameters": parameters})
     return (
         "{%- if not tools -%}{%- set tools = " + json.dumps(tools) + " -%}{%- endif -%}\n"
-        "{%- set kept = namespace(messages=[]) -%}\n"
-        "{%- for message in messages -%}\n"
-        "  {%- if message['role'] not in ['system', 'developer'] -%}"
-        "{%- set kept.messages = kept.messages + [message] -%}{%- endif -%}\n"
-        "{%- endfor -%}\n"
-        "{%- set messages = kept.messages -%}\n" + template
+        f"{TOLERANT_MESSAGES.read_text(encoding='utf-8')}{template}"
     )

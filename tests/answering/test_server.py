@@ -321,3 +321,13 @@ def test_what_is_no_http_is_refused_and_the_server_goes_on(server, sent):
                 received += part
     assert not received or re.match(rb"HTTP/1.1 4\d\d ", received)
     assert server.call("GET", "/health")[0] == 200
+
+
+def test_who_reads_an_answer_that_takes_too_long_is_told_that_the_server_is_ending(tmp_path, monkeypatch):
+    monkeypatch.setattr(listening, "GRACE_SECONDS", 0.3)
+    with serving(tmp_path, FakeEngine(pace=60)) as found:
+        connection = http.client.HTTPConnection("127.0.0.1", found.port, timeout=20)
+        connection.request("POST", "/api/answer", json.dumps(QUESTION), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+    name, data = parse_events(answer.read().decode())[-1]
+    assert name == "error" and "ending" in data["error"]["message"]

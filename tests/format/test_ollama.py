@@ -59,11 +59,13 @@ def holds(condition: str, messages, dot, index) -> bool:
         for name in match[1].split("."):
             value = value[name]
         return value == match[2]
-    assert condition == ".Content"
-    return bool(dot["Content"])
+    name = condition.removeprefix("not ")
+    assert name in (".Content", ".ToolCalls")
+    return bool(dot[name[1:]]) != condition.startswith("not ")
 
 
-def messages_of(prompt: Prompt, as_calls: bool) -> list[dict]:
+def messages_of(prompt: Prompt, as_calls: bool, between: str = "") -> list[dict]:
+    """`between`: the content beside an answer's calls, what Ollama's parser found between them."""
     messages: list[dict] = []
     for line in prompt.history:
         if line.speaker == "User":
@@ -73,7 +75,7 @@ def messages_of(prompt: Prompt, as_calls: bool) -> list[dict]:
             messages.append({"Role": "assistant", "Content": line.text, "ToolCalls": []})
             continue
         if messages[-1]["Role"] != "assistant":
-            messages.append({"Role": "assistant", "Content": "", "ToolCalls": []})
+            messages.append({"Role": "assistant", "Content": between, "ToolCalls": []})
         messages[-1]["ToolCalls"] += [
             {"Function": {"Name": "add_text", "Arguments": {"content": line.text}}},
             {"Function": {"Name": "add_choice", "Arguments": {}}},
@@ -89,6 +91,7 @@ def test_the_template_writes_the_prompts_that_were_trained():
     for example in easy_lines()[:6]:
         for as_calls in (True, False):
             assert render(tree, messages_of(example.prompt, as_calls)) == example.prompt.text
+        assert render(tree, messages_of(example.prompt, True, between="\n\n\n")) == example.prompt.text
 
 
 def test_it_stops_at_the_end_of_the_turn_and_draws_nothing():

@@ -1,6 +1,7 @@
 """GGUF files: the tensors are the merged model's, what is wrong in one is found, and what is lost is measured."""
 
 import json
+import re
 import shutil
 
 import gguf
@@ -11,8 +12,8 @@ from conftest import easy_lines, some_adapters
 from safetensors.numpy import load_file, save_file
 
 from conversation.errors import UserError
-from conversation.format.calls import Prompt
-from conversation.format.control_tokens import FORMAT_TOKENS
+from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
+from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS
 from conversation.models import gguf_check, llama_cpp
 from conversation.models.chat_format import CHAT_TEMPLATE
 from conversation.models.gguf import TYPES, MergedWeights, tensor_type, tolerant_chat_template, write_gguf
@@ -166,6 +167,27 @@ def test_the_template_declares_the_trained_tools_by_itself_and_leaves_system_mes
         for line in prompt.history:
             messages.append({"role": "user" if line.speaker == "User" else "assistant", "content": line.text})
         assert render([*messages, {"role": "user", "content": prompt.question}], **options) == f"<bos>{prompt.text}"
+
+
+ANSWER = Answer(("Pattern {x}, chained.", "Like a box."), (FollowUp("Example?", "0.50", "example"),) * 3)
+CALLS = [{"function": {"name": "add_text", "arguments": {"content": text}}} for text in ANSWER.fragments]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": ANSWER.text},
+        {"content": re.sub("|".join(CONTROL_TOKENS), "", ANSWER.text)},  # as llama.cpp shows it without --special
+        {"content": "Pattern {x}, chained.\n\nLike a box.\n"},
+        {"content": "\n\n", "tool_calls": [*CALLS, {"function": {"name": "add_choice", "arguments": {}}}]},
+        {"content": None, "tool_calls": CALLS},
+    ],
+)
+def test_an_answer_that_a_client_sends_back_becomes_the_lines_that_were_trained(said):
+    messages = [{"role": "user", "content": "A\nmonad? "}, {"role": "assistant", **said}]
+    history = (Utterance("User", "A monad?"), *(Utterance("AI", text) for text in ANSWER.fragments))
+    asked = render([*messages, {"role": "user", "content": "Why?"}])
+    assert asked == f"<bos>{Prompt('Why?', history).text}"
 
 
 def test_the_template_breaks_the_name_of_a_control_token_so_that_it_stays_text():
