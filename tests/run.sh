@@ -11,5 +11,5 @@ python=$(prepare_environment requirements.txt requirements-use.txt requirements-
 "$python" -m ruff format --check .
 "$python" -m mypy
 "$(dirname -- "$python")/shellcheck" --external-sources \
-    RETRAIN.sh run_conversation_training.sh scripts/*.sh tests/run.sh .ci/run
+    RETRAIN.sh run_conversation_training.sh scripts/*.sh benchmarks/*.sh tests/run.sh .ci/run
 exec "$python" -m pytest "$@"
