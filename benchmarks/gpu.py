@@ -226,7 +226,7 @@ def to_markdown(report: Report) -> str:
         if found and "plan" in found:
             plans.append((result.name.partition(": ")[2], found))
         elif found and "variants" in found:
-            lines += ["", f"## {result.name}", "", training_step.table(found)]
+            lines += ["", f"## {result.name}", "", training_step.table({**found, "base_model": "Random weights"})]
         else:
             lines += ["", f"{result.name}: {result.problem or result.found or 'done'}."]
         if result.problem and found is not None:
