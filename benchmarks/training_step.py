@@ -5,6 +5,7 @@
     benchmarks/training_step.py --variants completion,ours        only some of the variants (about 13 minutes)
     benchmarks/training_step.py --json > step.json                one JSON object; the table goes to standard error
     benchmarks/training_step.py --cuda_memory_gb 6                the same on a GPU, with no more memory than that
+    benchmarks/training_step.py --tokens 2048                     examples of that many random tokens
     benchmarks/training_step.py --growth                          draw benchmarks/training_step.png (about 2 minutes)
 
 Every variant has its own process, so that its peak memory is its own, with the same weights, the same adapters (LoRA
@@ -57,6 +58,7 @@ VARIANTS = {
 DEFAULT_VARIANTS = tuple(name for name in VARIANTS if name != "trl-1x8-kept")
 REFERENCE = "reference"  # not timed: the gradients of the completion loss that all variants but the first should have
 EXAMPLES = 8
+SHARED_TOKENS, ANSWER_TOKENS = 165, 209  # of an example of ours, which has 485 (means of 15 batches)
 GROWTH_PLOT = Path(__file__).with_suffix(".png")
 
 
@@ -64,6 +66,7 @@ def main() -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--base_model", default=STAND_IN, help="hub name or local folder (default: %(default)s)")
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
+    parser.add_argument("--tokens", type=int, help="examples of that many random tokens instead of the training data")
     parser.add_argument("--variants", default=",".join(DEFAULT_VARIANTS), help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each variant (default: %(default)s)")
     parser.add_argument("--trl_rounds", type=int, default=3, help="steps of TRL's variants (default: %(default)s)")
@@ -79,6 +82,8 @@ def main() -> int:
         raise UserError(f"unknown: {', '.join(sorted(unknown))}", f"--variants takes {', '.join(VARIANTS)}")
     if min(args.rounds, args.trl_rounds) < 1:
         raise UserError("--rounds and --trl_rounds must be at least 1")
+    if args.tokens is not None and args.tokens < 8:
+        raise UserError("--tokens must be at least 8")
     set_up_libraries()
     if args.growth:
         growth = measure_growth(GROWTH)
@@ -115,7 +120,7 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
 
     rounds = {name: args.trl_rounds if name.startswith("trl") else args.rounds for name in names}
     base_folder = find_base_model(args.base_model)
-    batches = random_batches(base_folder, args.training_data, 1 + max(rounds.values()), args.seed)
+    batches = make_batches(base_folder, args, 1 + max(rounds.values()))
     trees = [build_prefix_tree(batch) for batch in batches[1:]]
     report: dict[str, Any] = {
         "date": now(),
@@ -145,6 +150,33 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
         rate = max(step["gflops"] for result in taken.values() for step in result["steps"])
         report["floor"] = floor(base_folder, trees, rate, taken["ours"]["steps"])
     return report
+
+
+def make_batches(base_folder: Path, args: argparse.Namespace, count: int) -> list[list[TokenSequence]]:
+    """`count` batches of 8 examples: of the training data or, with `--tokens`, of random tokens."""
+    if args.tokens:
+        return random_token_batches(base_folder, args.tokens, count, args.seed)
+    return random_batches(base_folder, args.training_data, count, args.seed)
+
+
+def random_token_batches(base_folder: Path, tokens: int, count: int, seed: int) -> list[list[TokenSequence]]:
+    """`count` batches of 8 examples of `tokens` random tokens. All have the same developer turn; the rest is their own.
+
+    With 485 tokens a batch has, within one in a hundred, as many tokens, distinct ones and labels as batches of ours.
+    """
+    from transformers import AutoConfig
+
+    from conversation.training.prefix_tree import TokenSequence
+
+    vocabulary, draw = AutoConfig.from_pretrained(base_folder).get_text_config().vocab_size, random.Random(seed)
+    shared, answer = min(SHARED_TOKENS, tokens // 2), min(ANSWER_TOKENS, tokens // 2)
+    developer = [draw.randrange(vocabulary) for _ in range(shared)]
+
+    def example() -> TokenSequence:
+        ids = (*developer, *(draw.randrange(vocabulary) for _ in range(tokens - shared)))
+        return TokenSequence(ids, tuple(i >= tokens - answer for i in range(tokens)))
+
+    return [[example() for _ in range(EXAMPLES)] for _ in range(count)]
 
 
 def random_batches(base_folder: Path, data: Path, count: int, seed: int) -> list[list[TokenSequence]]:
@@ -351,12 +383,10 @@ def run_variant(name: str, job: Job, connection: Connection) -> None:
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
-    from conversation.training.trainer import peak_memory_gb
+    from conversation.training.memory import peak_memory_gb
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    if job.cuda_memory_gb and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.cuda_memory_gb * 1e9 / total))
+    limit_cuda_memory(job.cuda_memory_gb)
     turns = Turns(connection, job)
     try:
         model = adapted_model(job.base_folder, job.adapters, fused=name == "ours")
@@ -370,6 +400,15 @@ def run_variant(name: str, job: Job, connection: Connection) -> None:
         if not should_reduce_batch_size(error):
             raise
         connection.send({"error": "out of memory"})
+
+
+def limit_cuda_memory(gb: float | None) -> None:
+    """Leave this process no more of the card's memory than that."""
+    import torch
+
+    if gb and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gb * 1e9 / total))
 
 
 def adapted_model(base_folder: Path, trained: Path | None, fused: bool):
@@ -431,13 +470,18 @@ def one_by_one(loss_on_all: bool) -> Callable:
     """The original recipe: per device 1, accumulation 8; transformers' own loss over full logits."""
     import torch
 
-    def gradients(model, batch: list[TokenSequence]) -> None:
+    def gradients(model, batch: list[TokenSequence]) -> torch.Tensor:
+        """Returns the loss in nats a label token, too."""
         labels = sum(len(s.ids) - 1 if loss_on_all else sum(s.is_label) for s in batch)
+        total = torch.zeros((), device=model.device)
         for sequence in batch:
             ids = torch.tensor([sequence.ids], device=model.device)
             marks = torch.tensor([sequence.is_label], device=model.device)
             targets = ids if loss_on_all else ids.masked_fill(~marks, -100)
-            model(input_ids=ids, labels=targets, num_items_in_batch=labels, use_cache=False).loss.backward()
+            loss = model(input_ids=ids, labels=targets, num_items_in_batch=labels, use_cache=False).loss
+            loss.backward()
+            total += loss.detach()
+        return total
 
     return gradients
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.random_base import make_tokenizer
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
 from conversation_config import FUNCTION_GEMMA
 
@@ -50,49 +51,6 @@ def real_lines(own_examples) -> list[str]:
             continue
         lines += path.read_text(encoding="utf-8").splitlines()
     return lines
-
-
-def make_tokenizer(folder: Path, texts: list[str]) -> None:
-    """A byte-fallback BPE tokenizer in Gemma's manner, trained on `texts`, as files in `folder`."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from conversation.format.control_tokens import CONTROL_PATTERN, CONTROL_TOKENS
-
-    special = [
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<unk>",
-        *(t for t in CONTROL_TOKENS if t not in ("<pad>", "<eos>", "<bos>", "<unk>")),
-    ]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    literal = [part for text in texts for part in CONTROL_PATTERN.split(text)]
-    tokenizer.train_from_iterator(
-        literal, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
-    )
-    content = json.loads(tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    for byte in range(256):
-        vocabulary.setdefault(f"<0x{byte:02X}>", len(vocabulary))
-    content["model"]["merges"] = [  # as in Gemma's: every pair that makes a token, in the order of the ids
-        [name[:cut], name[cut:]]
-        for name in sorted(vocabulary, key=vocabulary.__getitem__)
-        if name not in special
-        for cut in range(1, len(name))
-        if name[:cut] in vocabulary and name[cut:] in vocabulary
-    ]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
-    fast.save_pretrained(folder)
 
 
 def make_tiny_model(folder: Path, texts: list[str], seed: int = 0, like_real_ones: bool = False) -> Path:

@@ -11,7 +11,7 @@ python=$(prepare_environment requirements.txt requirements-use.txt requirements-
 "$python" -m ruff format --check .
 "$python" -m mypy
 "$(dirname -- "$python")/shellcheck" --external-sources \
-    RETRAIN.sh run_conversation_training.sh scripts/*.sh tests/run.sh .ci/run
+    RETRAIN.sh run_conversation_training.sh scripts/*.sh benchmarks/*.sh tests/run.sh .ci/run
 # Two files of tests at a time, each with one thread: most tests are too small for two.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

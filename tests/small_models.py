@@ -83,7 +83,11 @@ def in_float64(model):
         if type(module).__name__.endswith("RMSNorm"):
             gain = 1 + module.weight if "Gemma" in type(module).__name__ else module.weight
             eps = getattr(module, "eps", None) or module.variance_epsilon
-            module.forward = lambda x, gain=gain, eps=eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
+
+            def normed(x, gain=gain, eps=eps):
+                return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain.to(x.device)
+
+            module.forward = normed
     return model
 
 
@@ -122,7 +126,8 @@ def small_blocks(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_tree, "TILE_TOKENS", 5)
         patch.setattr(vocabulary_loss, "HEAD_BLOCK_ROWS", 9)
-        patch.setattr(vocabulary_loss, "CPU_HEAD_BLOCK_BYTES", 9 * 20 * 8)
+        for device in ("CPU", "GPU"):
+            patch.setattr(vocabulary_loss, f"{device}_HEAD_BLOCK_BYTES", 9 * 20 * 8)
         yield
     torch.set_num_threads(threads)
 
@@ -135,9 +140,9 @@ def plain_loss_and_gradients(model, sequences, cross_entropy=torch.nn.functional
     model.zero_grad()
     loss_sum = 0.0
     for sequence in sequences:
-        logits = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0]
-        labelled = torch.tensor(sequence.is_label)[1:]
-        loss = cross_entropy(logits[:-1][labelled], torch.tensor(sequence.ids)[1:][labelled], reduction="sum")
+        ids, labelled = (torch.tensor(each, device=model.device) for each in (sequence.ids, sequence.is_label[1:]))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        loss = cross_entropy(logits[:-1][labelled], ids[1:][labelled], reduction="sum")
         loss.backward()
         loss_sum += loss.item()
     return loss_sum, adapter_gradients(model)

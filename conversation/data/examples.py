@@ -87,11 +87,13 @@ def _kind_of_text(data: bytes) -> str | None:
 class TrainingData:
     """What was read. `places[i]` says where `examples[i]` stands: the file, and its line, row or node.
 
-    `same_root`: for each other wording of a root question, its first wording. `unusable`: what could not be read.
+    `trees`: those that the examples are of, where they are of trees. `same_root`: for each other wording of a root
+    question, its first wording. `unusable`: what could not be read.
     """
 
     examples: list[Example] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    trees: list[Tree] = field(default_factory=list)
     same_root: dict[str, str] = field(default_factory=dict)
     unusable: list[UnusableData] = field(default_factory=list)
 
@@ -136,6 +138,7 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
         except UnusableData as error:
             data.unusable.append(error)
             trees, rows = (error.usable, []) if holds_trees else ([], error.usable)
+        data.trees += trees
         for tree in trees:
             file = folder / tree.domain / f"{tree.name}.json"
             rows += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes()]

@@ -5,9 +5,10 @@ It trusts no warning and no flag. It checks the ids.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +23,7 @@ from conversation.models.tokenizer import (
     control_ids,
     decode,
     encode,
-    encode_example,
+    encode_examples,
     fingerprint,
     id_of,
     load_tokenizer,
@@ -81,7 +82,7 @@ def audit(
     tokenizer = load_tokenizer(folder)
     check_control_tokens(tokenizer)
     rows = _rows(folder)
-    _check_examples(tokenizer, rows, PROBES, [encode_example(tokenizer, probe) for probe in PROBES])
+    _check_examples(tokenizer, rows, PROBES, encode_examples(tokenizer, PROBES))
     _check_typed_tokens(tokenizer)
     found = fingerprint(tokenizer)
     if expected_fingerprint is not None and found != expected_fingerprint:
@@ -89,7 +90,7 @@ def audit(
             f"the tokenizer in {folder} is not that of the training: fingerprint {found[:12]}, "
             f"expected {expected_fingerprint[:12]}"
         )
-    encoded = [encode_example(tokenizer, example) for example in examples]
+    encoded = encode_examples(tokenizer, examples)
     if failed is None:
         _check_examples(tokenizer, rows, examples, encoded)
     else:
@@ -160,13 +161,22 @@ def _failing(
 ) -> dict[int, str]:
     """What is wrong with the examples that do not pass, by index."""
     found = enumerate(zip(examples, encoded, strict=True))
-    problems = {i: _example_problem(tokenizer, rows, example, list(ids.ids)) for i, (example, ids) in found}
+    names, refused = control_ids(tokenizer), answer_pattern(tokenizer)
+    problems = {
+        i: _example_problem(tokenizer, rows, names, refused, example, list(ids.ids)) for i, (example, ids) in found
+    }
     return {i: problem for i, problem in problems.items() if problem}
 
 
 def _example_problem(
-    tokenizer: PreTrainedTokenizerBase, rows: int | None, example: Example, ids: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int | None,
+    names: Mapping[int, str],
+    refused: re.Pattern[str],
+    example: Example,
+    ids: list[int],
 ) -> str | None:
+    """What is wrong with an example's ids. `names`: of control tokens, by id; `refused`: what no answer contains."""
     if rows is not None and max(ids) >= rows:
         token = tokenizer.convert_ids_to_tokens(max(ids))
         return f"{token!r} is the id {max(ids)}, the model has embeddings for {rows} ids"
@@ -187,14 +197,13 @@ def _example_problem(
                 return f"the text is not in {form}, to which this tokenizer normalises: {found}"
         return found
     for value in (*example.answer.fragments, *(each.text for each in example.answer.follow_ups)):
-        if control := answer_pattern(tokenizer).search(value):
+        if control := refused.search(value):
             return f"its answer contains {control[0]}, a control token of this base"
-    return _miscounted(tokenizer, [*example.prompt.pieces(), *example.answer.pieces()], ids)
+    return _miscounted(names, [*example.prompt.pieces(), *example.answer.pieces()], ids)
 
 
-def _miscounted(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], ids: Sequence[int]) -> str | None:
+def _miscounted(names: Mapping[int, str], pieces: Sequence[str], ids: Sequence[int]) -> str | None:
     """Which control token of the vocabulary is more or less often in the ids than as a Control piece; or None."""
-    names = control_ids(tokenizer)
     in_ids = Counter(names[i] for i in ids if i in names)
     in_text = Counter(str(piece) for piece in pieces if isinstance(piece, Control))
     for name in [*in_text, *in_ids]:
@@ -205,8 +214,9 @@ def _miscounted(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], ids: 
 
 def _check_typed_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError when a control token of the vocabulary, typed by a user, becomes that token."""
-    pieces = [" ".join(control_ids(tokenizer).values())]
-    if problem := _miscounted(tokenizer, pieces, encode(tokenizer, pieces)):
+    names = control_ids(tokenizer)
+    pieces = [" ".join(names.values())]
+    if problem := _miscounted(names, pieces, encode(tokenizer, pieces)):
         raise _failed(f"typed by a user, {problem}", "take another model: this vocabulary cannot tell text from tokens")
 
 
@@ -214,8 +224,7 @@ def _changed_by_flag(folder: Path, examples: Sequence[Example], encoded: Sequenc
     """How many examples have other ids without fix_mistral_regex, and the first difference."""
     plain = load_tokenizer(folder, fix_mistral_regex=False)
     changed, first = 0, ""
-    for example, with_flag in zip(examples, encoded, strict=True):
-        without = encode_example(plain, example)
+    for example, with_flag, without in zip(examples, encoded, encode_examples(plain, examples), strict=True):
         if without.ids != with_flag.ids:
             changed += 1
             if not first:

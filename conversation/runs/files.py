@@ -9,13 +9,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conversation.data import strict_json
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation_config import PROJECT
 
 OLD = ".old.part"
+LARGE = 2**26  # bytes; a file that is longer to read than the system's clock ticks
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -126,8 +127,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file. A large one is read once a process, while nothing changes it: see `_same_file`."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        before = _same_file(file.fileno())
+        if digest := _digests.get(before):
+            return digest
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if before.size >= LARGE and before == _same_file(file.fileno()):
+            _digests[before] = digest
+    return digest
+
+
+class _SameFile(NamedTuple):
+    """What no change of a file leaves as it was. Its last change has the time of a tick of some milliseconds: a file
+    that takes longer than that to be read cannot be changed within the same tick, before and after."""
+
+    device: int
+    number: int
+    size: int
+    modified: int
+    changed: int
+
+
+_digests: dict[_SameFile, str] = {}
+
+
+def _same_file(descriptor: int) -> _SameFile:
+    found = os.fstat(descriptor)
+    return _SameFile(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

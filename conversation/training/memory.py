@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from conversation.models.device import decided_device
+import torch
+
+from conversation.models.device import decided_device, training_device
 from conversation.runs.files import read_json, size, write_json
-from conversation.runs.machine import machine
+from conversation.runs.machine import machine, peak_memory_bytes
 from conversation.training.micro_batches import MEMORY_SHARE, TokenBudget, split_into_micro_batches
 from conversation.training.prefix_tree import TokenSequence, build_prefix_tree
 
@@ -36,6 +38,13 @@ def memory_sentence(budget: TokenBudget, steps: Sequence[Sequence[TokenSequence]
     if longest > budget.tokens:
         sentence += f"; examples above {budget.tokens} tokens are computed twice"
     return f"{sentence}."
+
+
+def peak_memory_gb() -> float:
+    """The peak memory of this process: of the card if it trains there, else resident memory."""
+    if training_device() == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return peak_memory_bytes() / 1e9
 
 
 # --- what a checkpoint keeps beside the Trainer's state -------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -143,16 +144,17 @@ def _backward_once(model: nn.Module, sequences: Sequence[TokenSequence], scale: 
 @contextlib.contextmanager
 def _activation_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Save only each layer's input for the backward pass and recompute the rest (about a third more work)."""
-    causal_lm = find_causal_lm(model)
-    if not wanted or causal_lm.is_activation_checkpointing:
+    causal_lm: Any = find_causal_lm(model)
+    kind = "activation" if hasattr(causal_lm, "is_activation_checkpointing") else "gradient"  # transformers 5.17
+    if not wanted or getattr(causal_lm, f"is_{kind}_checkpointing"):
         yield
         return
-    causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    getattr(causal_lm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     causal_lm.disable_input_require_grads()  # its hook, for reentrant checkpoints, would stay and cost a gradient
     try:
         yield
     finally:
-        causal_lm.activation_checkpointing_disable()
+        getattr(causal_lm, f"{kind}_checkpointing_disable")()
 
 
 def _without_synchronisation(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from conversation.data.examples import TrainingData, read_data, split_by_tree, to_jsonl
 from conversation.data.quality import assess
 from conversation.data.statistics import DataStatistics, LengthSummary, count_structure
-from conversation.data.trees import read_trees
+from conversation.data.trees import Tree
 from conversation.errors import UserError, list_problems
 from conversation.format.calls import Example
 from conversation.models.audit import Audit, audit
@@ -36,12 +36,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The checked inputs of a training: settings, data, base model, token ids."""
+    """The checked inputs of a training: settings, data, base model, token ids.
+
+    `trees`: those that the examples are of, where they are of trees.
+    """
 
     config: TrainingConfig
     base_folder: Path
     training: list[Example]
     held_out: list[Example]
+    trees: list[Tree]
     encoded_training: list[EncodedExample]
     encoded_held_out: list[EncodedExample]
     tokenizer: PreTrainedTokenizerBase
@@ -125,6 +129,7 @@ def prepare(config: TrainingConfig) -> Prepared:
         base_folder,
         training,
         held_out,
+        data.trees,
         [ids_of[example.text] for example in training],
         [ids_of[example.text] for example in held_out],
         tokenizer,
@@ -180,9 +185,8 @@ def check_space_for(prepared: Prepared, folder: Path, to_be_freed: int = 0) -> N
 
 def print_statistics(prepared: Prepared, as_json: bool) -> None:
     """Print what is in the data; of whole tree folders also how good it is, as far as a program can tell."""
-    paths = data_paths(prepared.config)
-    whole_trees = all(path.is_dir() for path in paths) and not prepared.config.domain_names
-    quality = assess([tree for path in paths for tree in read_trees(path)]) if whole_trees else None
+    whole_trees = all(path.is_dir() for path in data_paths(prepared.config)) and not prepared.config.domain_names
+    quality = assess(prepared.trees) if whole_trees else None
     found = {**dataclasses.asdict(prepared.statistics), "tokenizer_fingerprint": prepared.audit.fingerprint}
     if as_json:
         print(json.dumps({**found, "quality": quality and quality.as_dict()}))

@@ -12,10 +12,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.models.adapters import add_adapters
-from conversation.models.device import training_device
 from conversation.runs.files import file_hashes, replace_folder, sha256_file
 from conversation.runs.folder import RunFolder
-from conversation.runs.machine import peak_memory_bytes
 from conversation.runs.record import TrainingResult, now
 from conversation.training.checkpoints import (
     CheckpointKeeper,
@@ -24,6 +22,7 @@ from conversation.training.checkpoints import (
     training_failure,
 )
 from conversation.training.conversation_trainer import ConversationTrainer
+from conversation.training.memory import peak_memory_gb
 from conversation.training.memory_plan import load_frozen
 from conversation.training.shared_prefix import use_shared_prefix_attention, uses_shared_prefix_attention
 from conversation.training.training_set import TrainingSet
@@ -138,10 +137,3 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         raise training_failure(error, run, sum(4 * p.numel() for p in model.parameters() if p.requires_grad)) from error
-
-
-def peak_memory_gb() -> float:
-    """The peak memory of this process: of the card if it trains there, else resident memory."""
-    if training_device() == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return peak_memory_bytes() / 1e9

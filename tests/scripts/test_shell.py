@@ -15,7 +15,7 @@ import sys
 import pytest
 from conftest import PROJECT
 
-SCRIPTS = ["RETRAIN.sh", "run_conversation_training.sh", "tests/run.sh", ".ci/run"]
+SCRIPTS = ["RETRAIN.sh", "run_conversation_training.sh", "tests/run.sh", ".ci/run", "benchmarks/gpu.sh"]
 SCRIPTS += [f"scripts/{path.name}" for path in sorted((PROJECT / "scripts").glob("*.sh"))]
 
 LACKING = {
