@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
-from conversation.models.tokenizer import encode_prompt
+from conversation.models.tokenizer import encode_prompt, id_of
 from conversation_config import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _free(
         for ids in encoded:
             asked.append(Asked(ids, decoding.draw(before[ids], *ids)))
             before[ids] += 1
-    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end_of_turn = id_of(tokenizer, END_OF_TURN)
     found = iter(generate_batch(model, asked, end_of_turn, MAX_NEW_TOKENS, PROMPTS_AT_A_TIME))
     return {decoding: [next(found) for _ in encoded] for decoding in decodings}
 

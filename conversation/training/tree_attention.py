@@ -5,7 +5,7 @@ Written as matrix products: flex_attention has no backward pass on a CPU (torch 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ def _shared_prefix_attention(
     query [1, heads, T, dim], key and value [1, key heads, T, dim] -> [1, T, heads, dim]
     """
     if key_store is not None:
-        key, value, attention_mask = key_store.update(module.layer_idx, key, value, sliding_window)
+        key, value, attention_mask = key_store.update(cast(int, module.layer_idx), key, value, sliding_window)
     if prefix_tree is None:
         kwargs.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -60,7 +60,10 @@ def alone(model, prompts, max_new_tokens):
     def ended(end):
         return [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
 
-    end = max(range(VOCABULARY), key=lambda end: len(set(map(len, ended(end)))))
+    def lengths(end):
+        return set(map(len, ended(end)))
+
+    end = max(range(VOCABULARY), key=lambda end: (max_new_tokens in lengths(end), len(lengths(end))))
     return end, ended(end)
 
 

@@ -124,8 +124,6 @@ def test_both_ways_to_generate_are_measured_on_the_same_prompts(untouched):
     done = run_script("benchmarks/generation.py", untouched / "merged_model_fp32", *flags)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("3 prompts, ") and [line.split(":")[0] for line in lines[1:5]] == [
-        "4 tokens, transformers",
-        "4 tokens, ours",
-    ] * 2
-    assert " times as fast; 3 greedy answers are equal" in lines[5]
+    assert lines[-6].startswith("3 prompts, ")
+    assert [line.split(":")[0] for line in lines[-5:-1]] == ["4 tokens, transformers", "4 tokens, ours"] * 2
+    assert lines[-1].endswith(" times as fast; 3 greedy answers are equal")
