@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
-from conversation.models.tokenizer import encode_prompt
+from conversation.models.tokenizer import encode_prompt, id_of
 from conversation_config import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -75,15 +76,16 @@ class Decoding:
         """What a model has to read: the prompt and, for contrast, the neutral one."""
         return [prompt, NEUTRAL_PROMPT] if self.contrast else [prompt]
 
-    def draw(self) -> Draw | None:
-        """How tokens are drawn within the grammar; None where the likeliest is taken."""
-        if self.method not in ("drawn", "best_of_n"):
+    def draw(self, *more: int) -> Draw | None:
+        """How tokens are drawn, with random numbers that depend on the seed and on `more`; None where the likeliest is
+        taken."""
+        if self.method not in ("sampled", "drawn", "best_of_n"):
             return None
         import numpy as np
 
         from conversation.answering.constrained import Draw
 
-        return Draw(self.temperature, self.top_p, np.random.default_rng(self.seed))
+        return Draw(self.temperature, self.top_p, np.random.default_rng([self.seed, *more]))
 
 
 GREEDY = Decoding("greedy")
@@ -110,25 +112,55 @@ def generate_answers(
     """An answer to each prompt as token ids, up to and including `<end_of_turn>`.
 
     Greedy and sampled answers are made for at most 50 prompts at a time, and are cut after MAX_NEW_TOKENS tokens. What
-    is sampled depends on the seed and on the prompts that are asked together. The other methods ask one by one; their
-    answers are valid, with fragments, follow-ups and targets that are all distinct.
+    is sampled depends on the seed and on the prompt, not on what else is asked; a prompt that is asked twice gets two
+    answers. (A base that the shared-prefix step does not know is asked by transformers, and its draws depend on all
+    prompts.) The other methods ask one by one; their answers are valid, with fragments, follow-ups and targets that are
+    all distinct.
     """
-    if decoding.method not in ("greedy", "sampled"):
-        return [_within_the_grammar(model, tokenizer, prompt, decoding) for prompt in prompts]
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda place: len(encoded[place]))  # so that little is padded
-    answers: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(by_length), PROMPTS_AT_A_TIME):
-        batch = by_length[start : start + PROMPTS_AT_A_TIME]
-        found = _free(model, tokenizer, [encoded[place] for place in batch], decoding)
-        for place, answer in zip(batch, found, strict=True):
-            answers[place] = answer
+    return generate_with_each(model, tokenizer, prompts, [decoding])[decoding]
+
+
+def generate_with_each(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], decodings: Sequence[Decoding]
+) -> dict[Decoding, list[list[int]]]:
+    """For each decoding the answers of `generate_answers`. Those that are free share the reading of the prompts."""
+    free = [each for each in dict.fromkeys(decodings) if each.method in ("greedy", "sampled")]
+    encoded = [tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    answers = _free(model, tokenizer, encoded, free) if free else {}
+    for decoding in decodings:
+        if decoding not in answers:
+            answers[decoding] = [_within_the_grammar(model, tokenizer, prompt, decoding) for prompt in prompts]
     return answers
 
 
 def _free(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[list[int]], decoding: Decoding
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[tuple[int, ...]],
+    decodings: Sequence[Decoding],
+) -> dict[Decoding, list[list[int]]]:
+    from conversation.answering.batch_generation import Asked, generate_batch
+    from conversation.answering.token_losses import read_prefix_trees
+
+    try:
+        read_prefix_trees(model)
+    except ValueError:  # a base whose prompts cannot be read as a tree
+        return {decoding: _by_transformers(model, tokenizer, encoded, decoding) for decoding in decodings}
+    asked = []
+    for decoding in decodings:
+        before: Counter[tuple[int, ...]] = Counter()
+        for ids in encoded:
+            asked.append(Asked(ids, decoding.draw(before[ids], *ids)))
+            before[ids] += 1
+    end_of_turn = id_of(tokenizer, END_OF_TURN)
+    found = iter(generate_batch(model, asked, end_of_turn, MAX_NEW_TOKENS, PROMPTS_AT_A_TIME))
+    return {decoding: [next(found) for _ in encoded] for decoding in decodings}
+
+
+def _by_transformers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[tuple[int, ...]], decoding: Decoding
 ) -> list[list[int]]:
+    """The same with transformers' `generate`; here what is sampled depends on the prompts that are asked together."""
     import torch
     from transformers import GenerationConfig
 
@@ -139,14 +171,23 @@ def _free(
         else {"do_sample": False}
     )
     settings = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, eos_token_id=end_of_turn, pad_token_id=pad, **drawn)
-    width = max(map(len, encoded))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
     generate: Any = model.generate  # PreTrainedModel's annotations leave it out
-    with torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(decoding.seed)
-        output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
-    return [row[: row.index(end_of_turn) + 1] if end_of_turn in row else row for row in output]
+    by_length = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))  # so that little is padded
+    answers: list[list[int]] = [[] for _ in encoded]
+    for start in range(0, len(by_length), PROMPTS_AT_A_TIME):
+        batch = by_length[start : start + PROMPTS_AT_A_TIME]
+        width = max(len(encoded[place]) for place in batch)
+        padding = [width - len(encoded[place]) for place in batch]
+        ids = torch.tensor([[pad] * p + [*encoded[place]] for p, place in zip(padding, batch, strict=True)])
+        mask = torch.tensor([[0] * p + [1] * (width - p) for p in padding])
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(decoding.seed)
+            output = generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            )
+        for place, row in zip(batch, output[:, width:].tolist(), strict=True):
+            answers[place] = row[: row.index(end_of_turn) + 1] if end_of_turn in row else row
+    return answers
 
 
 def _within_the_grammar(

@@ -14,8 +14,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from conversation.answering import relevance
-from conversation.answering.decoding import GREEDY, SAMPLED, Decoding, generate_answers
-from conversation.answering.knowledge import Scorer, follow_up_ranks, right_of_five
+from conversation.answering.decoding import GREEDY, SAMPLED, Decoding, generate_with_each
+from conversation.answering.knowledge import (
+    Scorer,
+    follow_up_ranks,
+    parts_of_five,
+    parts_of_follow_ups,
+    right_of_five,
+)
 from conversation.answering.verdicts import Verdict, judge
 from conversation.data import figures
 from conversation.data.questions import Case, HeldOutCase
@@ -44,8 +50,12 @@ def evaluate(
     started = time.monotonic()
     scorer = Scorer(model, tokenizer)
     prompts = [case.prompt for case in cases]
-    verdicts = _ask(model, tokenizer, cases, decoding)
-    sampled = [None] * len(cases) if short else _ask(model, tokenizer, cases, SAMPLED)
+    asked = _ask(model, tokenizer, cases, [decoding] if short else [decoding, SAMPLED])
+    verdicts, sampled = asked[decoding], [None] * len(cases) if short else asked[SAMPLED]
+    held_out = [Example(case.prompt, case.answer) for case in cases]
+    trained = training[:: max(1, len(training) // len(cases))][: len(cases)]
+    parts = [*parts_of_five(cases), *(part for of_case in parts_of_follow_ups(cases) for part in of_case)]
+    scorer.read_ahead(parts, [*held_out, *trained])
     right = right_of_five(scorer, cases)
     ranks = follow_up_ranks(scorer, cases)
     expected = scorer.expected_confidences(cases)
@@ -70,7 +80,6 @@ def evaluate(
             [of_answers[i] for i in chosen],
             [of_follow_ups[i] for i in chosen],
         )
-    held_out = [Example(case.prompt, case.answer) for case in cases]
     return Evaluation(
         model=name,
         decoding=decoding.method,
@@ -79,9 +88,7 @@ def evaluate(
         seconds=round(time.monotonic() - started, 1),
         sets=sets,
         question_losses=scorer.losses_by_kind(held_out),
-        training_losses=scorer.losses_by_kind(training[:: max(1, len(training) // len(cases))][: len(cases)])
-        if training
-        else None,
+        training_losses=scorer.losses_by_kind(trained) if training else None,
         notes=(*_untrained(cases, training), *near.notes),
         answers=tuple(answers),
     )
@@ -100,10 +107,16 @@ def _untrained(cases: Sequence[HeldOutCase], training: Sequence[Example]) -> tup
 
 
 def _ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[HeldOutCase], decoding: Decoding
-) -> list[Verdict]:
-    outputs = generate_answers(model, tokenizer, [case.prompt for case in cases], decoding)
-    return [judge(Case(case.topic, case.prompt), tokenizer, ids) for case, ids in zip(cases, outputs, strict=True)]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[HeldOutCase],
+    decodings: Sequence[Decoding],
+) -> dict[Decoding, list[Verdict]]:
+    outputs = generate_with_each(model, tokenizer, [case.prompt for case in cases], decodings)
+    return {
+        decoding: [judge(Case(case.topic, case.prompt), tokenizer, ids) for case, ids in zip(cases, found, strict=True)]
+        for decoding, found in outputs.items()
+    }
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

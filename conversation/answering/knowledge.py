@@ -16,7 +16,11 @@ from conversation.runs.evaluation_record import KindLosses
 from conversation.training.prefix_tree import TokenSequence
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Part = tuple[Prompt, Sequence[str], Sequence[str]]
+"""A prompt, the pieces of an answer that are given, and the pieces after them whose probability is asked for."""
 
 NEUTRAL_FRAGMENT = "It depends."
 CANDIDATES = 5  # answers to choose the right one from
@@ -24,28 +28,32 @@ CONFOUNDERS = 9  # follow-ups beside the true one
 
 
 class Scorer:
-    """Log probabilities of parts of answers, each distinct sequence computed once."""
+    """Log probabilities of parts of answers, each distinct sequence computed once.
+
+    Sequences that are read together share what they begin with: `read_ahead` reads what several figures will ask for.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self._model, self._tokenizer = model, tokenizer
         self._escape = tokenizer.convert_tokens_to_ids(ESCAPE)
         self._digits = [encode(tokenizer, [str(digit)])[0] for digit in range(10)]
+        self._known: dict[TokenSequence, Tensor] = {}
+        self._prompts: dict[Prompt, list[int]] = {}
 
-    def log_probabilities(self, pairs: Sequence[tuple[Prompt, Sequence[str], Sequence[str]]]) -> list[float]:
-        """log p(pieces | prompt, pieces before), in nats, for triples of prompt, pieces before and pieces."""
-        sequences = []
-        for prompt, before, pieces in pairs:
-            context = encode_prompt(self._tokenizer, prompt) + encode(self._tokenizer, [*before])
-            ids = context + encode(self._tokenizer, [*pieces])
-            sequences.append(TokenSequence(tuple(ids), tuple(i >= len(context) for i in range(len(ids)))))
-        return [found[:, 0].sum().item() for found in label_log_probabilities(self._model, sequences)]
+    def read_ahead(self, parts: Sequence[Part], examples: Sequence[Example]) -> None:
+        """Read parts of answers and the answers of examples in one pass."""
+        self._read([*map(self._sequence, parts), *self._answers(examples)[0]])
+
+    def log_probabilities(self, parts: Sequence[Part]) -> list[float]:
+        """log p(pieces | prompt, pieces before), in nats."""
+        return [found[:, 0].sum().item() for found in self._read([*map(self._sequence, parts)])]
 
     def losses_by_kind(self, examples: Sequence[Example]) -> KindLosses:
         """Cross entropy per token of the examples' answers: of each kind of value, and of the syntax around them."""
         sequences, kinds = self._answers(examples)
         sums: Counter[str] = Counter()
         counts: Counter[str] = Counter()
-        for found, names in zip(label_log_probabilities(self._model, sequences), kinds, strict=True):
+        for found, names in zip(self._read(sequences), kinds, strict=True):
             for value, kind in zip(found[:, 0].tolist(), names, strict=True):
                 sums[kind] -= value
                 counts[kind] += 1
@@ -59,7 +67,7 @@ class Scorer:
         """
         sequences, kinds = self._answers([Example(case.prompt, case.answer) for case in cases])
         results = []
-        for found, names in zip(label_log_probabilities(self._model, sequences, self._digits), kinds, strict=True):
+        for found, names in zip(self._read(sequences), kinds, strict=True):
             starts = [i for i, kind in enumerate(names) if kind == "confidence" and names[i - 1] != "confidence"]
             expected = []
             for start in starts:
@@ -69,11 +77,28 @@ class Scorer:
             results.append(tuple(expected))
         return results
 
+    def _read(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        """For each sequence the log probabilities [labels, 11] of its labels, and of the ten digits in their places."""
+        new = [sequence for sequence in dict.fromkeys(sequences) if sequence not in self._known]
+        self._known.update(zip(new, label_log_probabilities(self._model, new, self._digits), strict=True))
+        return [self._known[sequence] for sequence in sequences]
+
+    def _encode_prompt(self, prompt: Prompt) -> list[int]:
+        if prompt not in self._prompts:
+            self._prompts[prompt] = encode_prompt(self._tokenizer, prompt)
+        return self._prompts[prompt]
+
+    def _sequence(self, part: Part) -> TokenSequence:
+        prompt, before, pieces = part
+        context = self._encode_prompt(prompt) + encode(self._tokenizer, [*before])
+        ids = context + encode(self._tokenizer, [*pieces])
+        return TokenSequence(tuple(ids), tuple(i >= len(context) for i in range(len(ids))))
+
     def _answers(self, examples: Sequence[Example]) -> tuple[list[TokenSequence], list[list[str]]]:
         """The examples with their answers marked as labels, and the kind of each label."""
         sequences, kinds = [], []
         for example in examples:
-            prompt = encode_prompt(self._tokenizer, example.prompt)
+            prompt = self._encode_prompt(example.prompt)
             answer = encode(self._tokenizer, example.answer.pieces())
             is_label = (False,) * len(prompt) + (True,) * len(answer)
             sequences.append(TokenSequence((*prompt, *answer), is_label))
@@ -107,14 +132,19 @@ def right_of_five(scorer: Scorer, cases: Sequence[HeldOutCase]) -> list[bool]:
     The four others answer other questions of the same set, roots beside roots and follow-ups beside follow-ups; only
     the fragments of an answer count (SENSE: knowledge without generation; the score is pointwise mutual information).
     """
-    pairs: list[tuple[Prompt, Sequence[str], Sequence[str]]] = []
+    found = scorer.log_probabilities(parts_of_five(cases))
+    scores = [found[i] - found[i + 1] for i in range(0, len(found), 2)]
+    return [_is_largest(scores[i * CANDIDATES : (i + 1) * CANDIDATES]) for i in range(len(cases))]
+
+
+def parts_of_five(cases: Sequence[HeldOutCase]) -> list[Part]:
+    """What `right_of_five` asks for: five answers for each case, each after its question and the neutral one."""
+    parts: list[Part] = []
     for case in cases:
         for other in _five(case, cases):
             fragments = _fragments_only(other.answer)
-            pairs += [(case.prompt, (), fragments), (NEUTRAL_PROMPT, (), fragments)]
-    found = scorer.log_probabilities(pairs)
-    scores = [found[i] - found[i + 1] for i in range(0, len(found), 2)]
-    return [_is_largest(scores[i * CANDIDATES : (i + 1) * CANDIDATES]) for i in range(len(cases))]
+            parts += [(case.prompt, (), fragments), (NEUTRAL_PROMPT, (), fragments)]
+    return parts
 
 
 def _five(case: HeldOutCase, cases: Sequence[HeldOutCase]) -> list[HeldOutCase]:
@@ -130,25 +160,27 @@ def follow_up_ranks(scorer: Scorer, cases: Sequence[HeldOutCase]) -> list[int]:
 
     By log p(text | question, answer) - log p(text | neutral question, neutral answer), as the first add_choice.
     """
-    pairs: list[tuple[Prompt, Sequence[str], Sequence[str]]] = []
-    sizes = []
+    parts = parts_of_follow_ups(cases)
+    found = iter(scorer.log_probabilities([part for of_case in parts for part in of_case]))
+    ranks = []
+    for of_case in parts:
+        scores = [next(found) - next(found) for _ in range(0, len(of_case), 2)]
+        ranks.append(1 + sum(score >= scores[0] for score in scores[1:]))
+    return ranks
+
+
+def parts_of_follow_ups(cases: Sequence[HeldOutCase]) -> list[list[Part]]:
+    """What `follow_up_ranks` asks for, by case: the true follow-up first, each after the answer and the neutral one."""
+    parts: list[list[Part]] = []
     for case in cases:
         true = case.answer.follow_ups[case.followed].text
         others = [c.answer.follow_ups[c.followed].text for c in cases if c.set_name == case.set_name and c is not case]
         texts = [true, *[text for text in dict.fromkeys(others) if text != true][:CONFOUNDERS]]
-        sizes.append(len(texts))
         before = _fragments_only(case.answer)
         neutral = _fragments_only(Answer((NEUTRAL_FRAGMENT,), case.answer.follow_ups))
-        for text in texts:
-            opened = _opened_choice(text)
-            pairs += [(case.prompt, before, opened), (NEUTRAL_PROMPT, neutral, opened)]
-    found = scorer.log_probabilities(pairs)
-    ranks, start = [], 0
-    for size in sizes:
-        scores = [found[i] - found[i + 1] for i in range(start, start + 2 * size, 2)]
-        ranks.append(1 + sum(score >= scores[0] for score in scores[1:]))
-        start += 2 * size
-    return ranks
+        opened = [_opened_choice(text) for text in texts]
+        parts.append([part for o in opened for part in ((case.prompt, before, o), (NEUTRAL_PROMPT, neutral, o))])
+    return parts
 
 
 def _opened_choice(text: str) -> list[str]:

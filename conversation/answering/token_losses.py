@@ -13,11 +13,33 @@ from torch import Tensor
 
 from conversation.training.micro_batches import split_into_micro_batches
 from conversation.training.prefix_tree import PrefixTree, TokenSequence, build_prefix_tree
-from conversation.training.shared_prefix import find_causal_lm, hidden_states, use_shared_prefix_attention
-from conversation.training.tree_attention import ATTENTION_NAME
+from conversation.training.shared_prefix import (
+    find_causal_lm,
+    hidden_states,
+    use_shared_prefix_attention,
+    uses_shared_prefix_attention,
+)
 
 PACKED_TOKENS = 4096  # per forward pass
 ROWS = 256  # rows of logits at a time: 0.27 GB with Gemma's vocabulary
+
+
+def read_prefix_trees(model: torch.nn.Module) -> None:
+    """Prepare a model for reading prefix trees. Raises ValueError for one that the shared-prefix step cannot train.
+
+    Every other use of it works as before; which of its weights are trained stays as it is.
+    """
+    if uses_shared_prefix_attention(model):
+        return
+    head = find_causal_lm(model).get_output_embeddings()
+    trained = [weight for weight in head.parameters() if weight.requires_grad] if head is not None else []
+    try:
+        for weight in trained:
+            weight.requires_grad_(False)  # the step gives the head no gradient; here nothing needs one
+        use_shared_prefix_attention(model)
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 @torch.inference_mode()
@@ -29,41 +51,15 @@ def label_log_probabilities(
     Returns a tensor [labels, 1 + candidates] per sequence, float64 on the CPU: column 0 is the label itself, the others
     are the tokens `candidates`. The model is one that the shared-prefix step can train; raises ValueError otherwise.
     """
-    causal_lm = find_causal_lm(model)
-    if causal_lm.config._attn_implementation != ATTENTION_NAME:
-        causal_lm.requires_grad_(False)
-        use_shared_prefix_attention(causal_lm)
+    read_prefix_trees(model)
     found: dict[TokenSequence, Tensor] = {}
     for group in split_into_micro_batches(list(dict.fromkeys(sequences)), PACKED_TOKENS):
         found.update(zip(group, _of_group(model, group, candidates), strict=True))
     return [found[sequence] for sequence in sequences]
 
 
-def _of_group(model: torch.nn.Module, group: list[TokenSequence], candidates: Sequence[int]) -> list[Tensor]:
-    tree = build_prefix_tree(group)
-    causal_lm = find_causal_lm(model)
-    head = causal_lm.get_output_embeddings().weight
-    softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-    states = hidden_states(model, tree)
-    predicting, labels = [], []
-    for sequence, positions in zip(group, _positions(tree, group), strict=True):
-        marked = [i for i, is_label in enumerate(sequence.is_label) if is_label]
-        predicting += [positions[i - 1] for i in marked]
-        labels += [sequence.ids[i] for i in marked]
-    columns = torch.tensor([[label, *candidates] for label in labels], device=head.device)
-    rows = torch.tensor(predicting, device=states.device)
-    parts = []
-    for start in range(0, len(rows), ROWS):
-        logits = states[rows[start : start + ROWS]] @ head.T
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        normaliser = torch.logsumexp(logits, -1, keepdim=True)
-        parts.append((logits.gather(1, columns[start : start + ROWS]) - normaliser).double().cpu())
-    return list(torch.cat(parts).split([sum(sequence.is_label) for sequence in group]))
-
-
-def _positions(tree: PrefixTree, group: Sequence[TokenSequence]) -> list[list[int]]:
-    """The packed position of each input token of each sequence."""
+def packed_positions(tree: PrefixTree, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    """The packed position of each input token of each sequence of a tree."""
     ids = tree.input_ids[0].tolist()
     child: dict[tuple[int, int], int] = {}
     for branch in tree.branches:
@@ -72,10 +68,38 @@ def _positions(tree: PrefixTree, group: Sequence[TokenSequence]) -> list[list[in
             child[parent, ids[position]] = position
             parent = position
     found = []
-    for sequence in group:
+    for sequence in sequences:
         path, parent = [], -1
         for token in sequence.inputs:
             parent = child[parent, token]
             path.append(parent)
         found.append(path)
     return found
+
+
+def _of_group(model: torch.nn.Module, group: list[TokenSequence], candidates: Sequence[int]) -> list[Tensor]:
+    tree = build_prefix_tree(group)
+    causal_lm = find_causal_lm(model)
+    head = causal_lm.get_output_embeddings().weight
+    softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    states = hidden_states(model, tree)
+    asked: dict[tuple[int, int], int] = {}  # each distinct (predicting position, label) once, as a row of the answer
+    rows_of: list[list[int]] = []
+    for sequence, positions in zip(group, packed_positions(tree, group), strict=True):
+        marked = [i for i, is_label in enumerate(sequence.is_label) if is_label]
+        pairs = [(positions[i - 1], sequence.ids[i]) for i in marked]
+        rows_of.append([asked.setdefault(pair, len(asked)) for pair in pairs])
+    row_of = {position: row for row, position in enumerate(tree.predicting.tolist())}
+    predicting = torch.tensor([row_of[position] for position, _ in asked])
+    columns = torch.tensor([[label, *candidates] for _, label in asked])
+    found = torch.empty(columns.shape, dtype=torch.float64)
+    for start in range(0, len(tree.predicting), ROWS):
+        rows = tree.predicting[start : start + ROWS].to(states.device)
+        logits = states[rows] @ head.T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        normaliser = torch.logsumexp(logits, -1, keepdim=True)
+        here = ((predicting >= start) & (predicting < start + ROWS)).nonzero()[:, 0]
+        chosen = (predicting[here] - start).to(head.device)
+        found[here] = (logits[chosen[:, None], columns[here].to(head.device)] - normaliser[chosen]).double().cpu()
+    return [found[rows] for rows in rows_of]

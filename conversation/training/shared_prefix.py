@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 
 from conversation.models.frozen_weights import WidenedLinear
 from conversation.training.prefix_tree import PrefixTree, TokenSequence, build_prefix_tree
-from conversation.training.tree_attention import ATTENTION_NAME
+from conversation.training.tree_attention import ATTENTION_NAME, KeyStore
 from conversation.training.vocabulary_loss import SummedCrossEntropy
 
 
@@ -94,10 +94,11 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
+def hidden_states(model: nn.Module, tree: PrefixTree, key_store: KeyStore | None = None) -> Tensor:
     """The decoder's output for each packed token, [T, width].
 
     The forward of the outermost module runs, so that wrappers do their work. It computes the logits of no token.
+    `key_store`: takes the keys and values of every layer.
     """
     causal_lm = find_causal_lm(model)
     device = next(causal_lm.get_input_embeddings().parameters()).device
@@ -110,6 +111,7 @@ def hidden_states(model: nn.Module, tree: PrefixTree) -> Tensor:
             # A mask with four dimensions is passed on as it is, and no T x T mask is built. The tree is the mask.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             prefix_tree=tree,
+            key_store=key_store,
             logits_to_keep=torch.empty(0, dtype=torch.long, device=device),
             use_cache=False,
         )

@@ -5,6 +5,8 @@ Written as matrix products: flex_attention has no backward pass on a CPU (torch 
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -14,6 +16,19 @@ from transformers.masking_utils import sdpa_mask
 from conversation.training.prefix_tree import AttentionTile, PrefixTree
 
 ATTENTION_NAME = "shared_prefix"
+
+
+class KeyStore(Protocol):
+    """Keeps what a layer's attention computes, and says what its queries see. For reading without gradients."""
+
+    def update(
+        self, layer: int, key: Tensor, value: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take the keys and values of new tokens, [rows, key heads, tokens, dim].
+
+        Returns the keys and values to attend to, in the same form, and what sdpa adds to the scores,
+        [rows, 1, tokens, keys]. A tree's queries need no such mask. `window`: as in `PrefixTree.tiles`.
+        """
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -98,12 +113,15 @@ def _shared_prefix_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     prefix_tree: PrefixTree | None = None,
+    key_store: KeyStore | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function for transformers' AttentionInterface. Without a tree it is plain sdpa.
 
     query [1, heads, T, dim], key and value [1, key heads, T, dim] -> [1, T, heads, dim]
     """
+    if key_store is not None:
+        key, value, attention_mask = key_store.update(cast(int, module.layer_idx), key, value, sliding_window)
     if prefix_tree is None:
         kwargs.update(scaling=scaling, dropout=dropout, sliding_window=sliding_window)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -105,6 +105,8 @@ def test_a_valid_greedy_answer_without_repeats_is_the_constrained_one(tiny_folde
     """On a model that has learnt three answers by heart, with caches longer than its sliding window."""
     model = load_model(tiny_folder)
     model.config.sliding_window = 24
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = layer.self_attn.sliding_window and 24
     examples = [encode_example(tokenizer, example) for example in own_examples[:9:4]]
     assert min(map(len, examples)) > 3 * model.config.sliding_window
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

@@ -139,4 +139,27 @@ def test_an_example_given_twice_is_computed_once(loaded, monkeypatch):
     example = Example(Prompt("Why?"), easy_lines()[0].answer)
     scorer = knowledge.Scorer(model, tokenizer)
     once, twice = scorer.losses_by_kind([example]), scorer.losses_by_kind([example, example])
-    assert len(computed) == 2 and twice == replace(once, examples=2)
+    assert len(computed) == 1 and twice == replace(once, examples=2)
+
+
+def test_what_is_read_ahead_in_one_pass_is_read_no_more_and_is_the_same(loaded, monkeypatch):
+    eight, examples = cases(8), easy_lines()[:3]
+
+    def figures(scorer):
+        losses = vars(scorer.losses_by_kind(examples))
+        confidences = [value for three in scorer.expected_confidences(eight) for value in three]
+        return knowledge.right_of_five(scorer, eight), knowledge.follow_up_ranks(scorer, eight), losses, confidences
+
+    right, ranks, losses, confidences = figures(knowledge.Scorer(*loaded))
+    calls = []
+    plain = knowledge.label_log_probabilities
+    monkeypatch.setattr(
+        knowledge, "label_log_probabilities", lambda *given: (given[1] and calls.append(1)) or plain(*given)
+    )
+    scorer = knowledge.Scorer(*loaded)
+    parts = [part for of_case in knowledge.parts_of_follow_ups(eight) for part in of_case]
+    held_out = [Example(case.prompt, case.answer) for case in eight]
+    scorer.read_ahead([*knowledge.parts_of_five(eight), *parts], [*held_out, *examples])
+    found = figures(scorer)
+    assert calls == [1] and found[:2] == (right, ranks)
+    assert found[2] == pytest.approx(losses, abs=1e-3) and found[3] == pytest.approx(confidences, abs=1e-3)

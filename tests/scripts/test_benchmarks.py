@@ -117,3 +117,13 @@ def test_examples_of_one_tree_share_their_history():
     history = 2 * SMALL.turn_tokens
     assert trees[0].num_tokens - trees[1].num_tokens == 3 * history
     assert trees[0].num_sequence_tokens - trees[0].num_tokens == 3 * SMALL.developer_tokens + 4  # and 4 last labels
+
+
+def test_both_ways_to_generate_are_measured_on_the_same_prompts(untouched):
+    flags = ["--prompts", 3, "--tokens", 4, "--methods", "greedy", "sampled", "--rounds", 2]
+    done = run_script("benchmarks/generation.py", untouched / "merged_model_fp32", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-6].startswith("3 prompts, ")
+    assert [line.split(":")[0] for line in lines[-5:-1]] == ["4 tokens, transformers", "4 tokens, ours"] * 2
+    assert lines[-1].endswith(" times as fast; 3 greedy answers are equal")
