@@ -175,7 +175,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "original": {},
     "demo": {
         "base_model": STAND_IN,
-        "training_data": "starter",  # 60 topics, of which the evaluation knows 50
+        "training_data": "starter",  # 60 topics; the evaluation asks about 50 of them
         "max_steps": 330,
         "gradient_accumulation_steps": 4,
         "learning_rate": 1e-3,
@@ -193,7 +193,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """Named sets of settings. `original`: the defaults. `demo`: a short recipe that teaches the stand-in the format and 60
-topics, on two CPU cores. `tuned`: 300 topics in about three hours there. What was tried: benchmarks/recipes.md."""
+topics, on two CPU cores. `tuned`: 300 topics, an estimated three hours there, not run yet. What was tried:
+benchmarks/recipes.md."""
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -298,8 +299,8 @@ def set_up_libraries() -> None:
 
     Raises UserError when the hub's client cannot be loaded with what is set.
 
-    OpenMP's threads sleep while they wait for each other: beside another busy program they would spin in vain, and a
-    step or an answer would take several times as long.
+    OpenMP's threads sleep while they wait for each other. Beside one busy program an answer or a step then takes about
+    0.6 of the time; on quiet cores up to a tenth more (benchmarks/README.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

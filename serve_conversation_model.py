@@ -68,7 +68,10 @@ def main() -> int:
         if not args.no_browser and not open_browser(url):
             print("No browser was found here: open that address yourself.", flush=True)
 
-    run_server(make_app(service, access), listener, queue, say_ready)
+    try:
+        run_server(make_app(service, access), listener, queue, say_ready)
+    finally:
+        loading.end()
     print("Ended.")
     return 0
 

@@ -71,9 +71,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     settings, tasks = args.settings.split(","), args.tasks.split(",")
-    if unknown := {*settings, *tasks} - {*SETTINGS, *TASKS}:
+    if unknown := ({*settings} - {*SETTINGS}) | ({*tasks} - {*TASKS}):
         raise UserError(f"unknown: {', '.join(sorted(unknown))}", f"{', '.join(SETTINGS)}; {', '.join(TASKS)}")
-    if not args.loads.replace(",", "").isdecimal() or min(args.rounds, args.tokens, args.examples) < 1:
+    if not all(map(str.isdecimal, args.loads.split(","))) or min(args.rounds, args.tokens, args.examples) < 1:
         raise UserError("--loads takes numbers with commas; --rounds, --tokens and --examples must be at least 1")
     report: dict[str, Any] = {"date": now(), **dataclasses.asdict(environment()), "reference": settings[0]}
     loads = [int(load) for load in args.loads.split(",")]

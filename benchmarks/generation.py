@@ -11,7 +11,6 @@ rounds' ratios. Greedy answers of both ways are compared; a few may differ after
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
@@ -21,13 +20,14 @@ from statistics import median
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from conversation.errors import CommandLine, run_main  # noqa: E402
 from conversation_config import EVALUATION_QUESTIONS, MAX_NEW_TOKENS, set_up_libraries  # noqa: E402
 
 WAYS = ("transformers", "ours")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = CommandLine(__doc__)
     parser.add_argument("model", type=Path, help="a merged folder")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, nargs="+", default=[60, MAX_NEW_TOKENS], help="the longest answer")
@@ -72,7 +72,8 @@ def main() -> None:
             print(
                 f"{tokens} tokens: {ratio:.2f} times as fast; {same} of {len(greedy['ours'] or [])} greedy ones equal"
             )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,7 +27,7 @@ from conversation.data.questions import HeldOutCase, read_held_out  # noqa: E402
 from conversation.errors import CommandLine, UserError, run_main  # noqa: E402
 from conversation.format.calls import Example  # noqa: E402
 from conversation.runs.folder import RunFolder  # noqa: E402
-from conversation_config import EVALUATION_QUESTIONS, flags_of, set_up_libraries  # noqa: E402
+from conversation_config import EVALUATION_QUESTIONS, set_up_libraries  # noqa: E402
 
 TRIALS = PROJECT / "training-runs" / "trials"
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -79,7 +79,7 @@ def figures(run: RunFolder) -> dict[str, Any]:
     training = read_jsonl(run.training_data)
     sets = held_out_sets([example.answer.follow_ups[0].target for example in training])
     result: dict[str, Any] = {
-        "flags": flags_of(record.config),
+        "flags": [f"--{name}={value}" for name, value in vars(record.config).items()],  # a recipe may change
         "steps": record.training.steps,
         "examples": len(training),
         "minutes": round(record.training.seconds / 60, 1),

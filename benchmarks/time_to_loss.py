@@ -93,6 +93,8 @@ def main() -> int:
     deadline = time.monotonic() + 60 * args.minutes
     make_folder(args.folder)
     same, tuned_run = RunFolder(args.same or args.folder / "same"), RunFolder(args.folder / args.tuned_name)
+    if args.same and same.read().config != config:
+        raise UserError(f"{args.same} was trained with other settings", "give its settings with --flags")
     if not args.same:
         train(same, config, args.same_every, deadline)
     train(tuned_run, tuned, args.tuned_every, deadline)

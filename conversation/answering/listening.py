@@ -203,13 +203,25 @@ class LoadingLine:
         self._ended = threading.Event()
         self._terminal = sys.stdout.isatty()
         print(what, end="" if self._terminal else "\n", flush=True)
+        self._counting = threading.Thread(target=self._count, daemon=True)
         if self._terminal:
-            threading.Thread(target=self._count, daemon=True).start()
+            self._counting.start()
+
+    def end(self) -> None:
+        """Count no more; what is said next has a line of its own. Does nothing after `done`."""
+        if self._terminal and not self._ended.is_set():
+            self._stop()
+            print(flush=True)
 
     def done(self) -> None:
-        self._ended.set()
+        self._stop()
         begin = "\r" if self._terminal else ""
         print(f"{begin}{self._what} done in {time.monotonic() - self._started:.1f} s", flush=True)
+
+    def _stop(self) -> None:
+        self._ended.set()
+        if self._terminal:
+            self._counting.join()
 
     def _count(self) -> None:
         while not self._ended.wait(0.5):

@@ -47,12 +47,13 @@ def describe() -> Json:
                     _object({"leave_out": {"type": "array", "items": _TEXT}}, optional=("leave_out",)),
                     _ref("TrainingTree"),
                     (404, 408, 413, 415, 422),
+                    required=False,
                 ),
             },
             "/api/conversations/{id}/picked": {
                 "parameters": [_ID],
                 "post": _sends(
-                    "Count a picked choice",
+                    "Count a picked choice (for clients that keep no document; the page counts in its own)",
                     _object({"node": _TEXT, "choice": _number("integer", 0, NUM_FOLLOW_UPS - 1)}),
                     _object({"picked": _PICKED}),
                     (404, 408, 413, 415),
@@ -114,12 +115,13 @@ def _reads(summary: str, schema: Json, errors: tuple[int, ...] = ()) -> Json:
     return {"summary": summary, "responses": {"200": _json("found", schema), **_errors(*errors)}}
 
 
-def _does(summary: str, body: Json) -> Json:
-    return {"summary": summary, "requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
+def _does(summary: str, body: Json, required: bool = True) -> Json:
+    content = {"application/json": {"schema": body}}
+    return {"summary": summary, "requestBody": {"required": required, "content": content}}
 
 
-def _sends(summary: str, body: Json, answer: Json, errors: tuple[int, ...]) -> Json:
-    return {**_does(summary, body), "responses": {"200": _json("done", answer), **_errors(400, *errors)}}
+def _sends(summary: str, body: Json, answer: Json, errors: tuple[int, ...], required: bool = True) -> Json:
+    return {**_does(summary, body, required), "responses": {"200": _json("done", answer), **_errors(400, *errors)}}
 
 
 def _chat_completions() -> Json:

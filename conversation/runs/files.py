@@ -16,7 +16,7 @@ from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation_config import PROJECT
 
 OLD = ".old.part"
-LARGE = 2**26  # bytes; a file that is longer to read than the system's clock ticks
+LARGE = 2**26  # bytes; to read so large a file takes longer than a tick of the system's clock
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -118,7 +118,7 @@ def _shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """The attention function for transformers' AttentionInterface. Without a tree it is plain sdpa.
 
-    query [1, heads, T, dim], key and value [1, key heads, T, dim] -> [1, T, heads, dim]
+    query [rows, heads, T, dim], key and value [rows, key heads, T, dim] -> [rows, T, heads, dim]; with a tree one row.
     """
     if key_store is not None:
         key, value, attention_mask = key_store.update(cast(int, module.layer_idx), key, value, sliding_window)

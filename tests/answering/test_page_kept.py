@@ -255,6 +255,10 @@ def test_a_merge_takes_each_change_of_a_node_and_both_when_they_collide(merge):
     assert met["doc"]["nodes"]["a"] == node("a", text="new", mark="good", picked=[0, 2, 0]) and met["copies"] == []
     met = merge(base, tree(ROOT, node("a", picked=[1, 1, 0])), tree(ROOT, node("a", picked=[0, 2, 0])))
     assert met["doc"]["nodes"]["a"]["picked"] == [1, 3, 0]
+    both = [tree(ROOT, node("a", picked=[0, 1, 0])) for _ in range(2)]  # the server has it; its answer was lost
+    assert merge(base, *both)["doc"]["nodes"]["a"]["picked"] == [0, 1, 0]
+    without = tree(ROOT, {key: value for key, value in node("a").items() if key != "picked"})
+    assert merge(without, tree(ROOT, node("a", picked=[0, 1, 0])), without)["doc"]["nodes"]["a"]["picked"] == [0, 1, 0]
     met = merge(base, tree(ROOT, node("a", text="ours")), tree(ROOT, node("a", text="theirs")))
     copy = met["doc"]["nodes"][met["copies"][0]]
     assert met["doc"]["nodes"]["a"]["fragments"] == ["theirs"] and copy["fragments"] == ["ours"]

@@ -113,7 +113,7 @@ export const changeNode = (doc, id, change) => (nodeOf(doc, id) ? withNode(doc, 
 
 /** With one more pick of a node's choice. */
 export function counted(doc, id, place) {
-  const picked = nodeOf(doc, id).picked.map((count, i) => count + (i === place));
+  const picked = (nodeOf(doc, id).picked ?? [0, 0, 0]).map((count, i) => count + (i === place));
   return changeNode(doc, id, { picked });
 }
 

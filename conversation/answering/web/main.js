@@ -59,7 +59,6 @@ const reader = new Reader({
   changed: (how) => render(how),
 });
 
-
 // --- the views ----------------------------------------------------------------------------------------------------------
 
 const shelfPanel = panel("shelf", "open-shelf");

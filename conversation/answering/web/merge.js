@@ -46,10 +46,12 @@ const startsLike = (part, whole) =>
   part.fragments.every((text, i) => text === whole.fragments[i]) &&
   part.choices.every((choice, i) => same(choice, whole.choices[i]));
 
+const NO_PICKS = [0, 0, 0];
+
 function mergeNodes(before, our, their) {
   const merged = { ...their };
   for (const field of Object.keys(our)) {
-    if (field === "picked") merged.picked = our.picked.map((count, i) => sum(before?.picked[i], count, their.picked[i]));
+    if (field === "picked") merged.picked = NO_PICKS.map((_, i) => sum(before?.picked?.[i], our.picked?.[i] ?? 0, their.picked?.[i] ?? 0));
     else if (!WORDS.includes(field) && !(before && same(our[field], before[field]))) merged[field] = our[field];
   }
   const oursOnly = before ? same(words(before), words(their)) : false;
@@ -57,8 +59,11 @@ function mergeNodes(before, our, their) {
   return merged;
 }
 
-/** What both counted: picks since `before` come together; without it, the greater count holds both. */
-const sum = (before, our, their) => (before === undefined ? Math.max(our, their) : our + their - before);
+/**
+ * What both counted: picks since `before` come together; without it, the greater count holds both. Equal counts are the
+ * same picks: the server had them, and its answer was lost.
+ */
+const sum = (before, our, their) => (before === undefined || our === their ? Math.max(our, their) : our + their - before);
 
 /** A node that stays keeps its parents, also those that the other side deleted. */
 function keepParents(nodes, ours, theirs) {
