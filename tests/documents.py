@@ -1,8 +1,9 @@
-"""Documents of conversations, for tests."""
+"""Documents of conversations, for tests, and a change at any place of a JSON value."""
 
 from __future__ import annotations
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+DELETE = object()
 CHOICES = ((0.55, "example"), (0.21, "why"), (0.16, "limits"))
 
 
@@ -44,3 +45,14 @@ def document(*nodes, identifier=ID, **changed) -> dict:
         "nodes": {each["id"]: each for each in nodes},
     }
     return {**value, **changed}
+
+
+def put(value, path, new):
+    """Set what stands at a path of keys; with DELETE, remove it."""
+    *way, last = path
+    for key in way:
+        value = value[key]
+    if new is DELETE:
+        del value[last]
+    else:
+        value[last] = new

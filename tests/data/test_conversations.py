@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 from conftest import PROJECT
-from documents import CHOICES, ID, document, node
+from documents import CHOICES, DELETE, ID, document, node, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,14 +41,7 @@ def test_a_document_is_read_and_what_it_does_not_know_is_left_alone():
 
 def broken(path, value):
     whole = document()
-    *way, last = path
-    at = whole
-    for key in way:
-        at = at[key]
-    if value is KeyError:
-        del at[last]
-    else:
-        at[last] = value
+    put(whole, path, value)
     return whole
 
 
@@ -67,7 +60,7 @@ def broken(path, value):
         (broken(["nodes"], {}), "nodes: is not an object with at least one node"),
         (broken(["nodes", "a"], 7), "nodes.a: is not an object"),
         (broken(["nodes", "a", "id"], "z"), "is not the key under which it stands"),
-        (broken(["nodes", "a", "question"], KeyError), "nodes.a.question: is missing"),
+        (broken(["nodes", "a", "question"], DELETE), "nodes.a.question: is missing"),
         (broken(["nodes", "a", "fragments"], ["x"] * 21), "nodes.a.fragments: is not a list of at most 20"),
         (broken(["nodes", "a", "fragments", 0], 1), "nodes.a.fragments"),
         (broken(["nodes", "a", "choices", 0, "confidence"], "0.5"), "nodes.a.choices[0].confidence: is not a number"),

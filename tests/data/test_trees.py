@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from documents import DELETE, put
 from hypothesis import example as explicit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,18 +49,6 @@ def problems(value, name="dns") -> list[str]:
     return caught.value.problems
 
 
-def put(value, path, new):
-    """Set what stands at a path of keys; with DELETE, remove it."""
-    *way, last = path
-    for key in way:
-        value = value[key]
-    if new is DELETE:
-        del value[last]
-    else:
-        value[last] = new
-
-
-DELETE = object()
 FIRST = ("nodes", "dns", "choices", 0)
 
 

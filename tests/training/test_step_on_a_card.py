@@ -30,7 +30,7 @@ from conversation.training.shared_prefix import use_shared_prefix_attention
 pytest_plugins = ["small_models"]
 
 DEVICE = os.environ.get("STEP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-on_a_card = pytest.mark.skipif(DEVICE == "cpu", reason="of a card's memory")
+on_a_card = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: it is about a card's memory")
 
 STEPS = [
     [sequence([1, *range(5, 25)], 3), sequence([1, *range(5, 15), *range(30, 40)], 12)],
