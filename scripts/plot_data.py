@@ -192,7 +192,7 @@ def draw_scores(axis: Axes, trees: list[Tree]) -> None:
         bars = axis.barh([i + offset for i in range(len(domains))], means, 0.36, color=colour, label=measure)
         axis.bar_label(bars, [f"{mean:.2f}" for mean in means], padding=3, fontsize=9)
     axis.set_yticks(range(len(domains)), [domain.replace("_", " ") for domain in domains])
-    axis.set_title(f"Second readers' own marks, {len(rows)} topics")
+    axis.set_title(f"Judges' marks, {len(rows)} topics")
     axis.set_xlabel("mean mark (0 to 2)")
     axis.set_xlim(0, 2.3)
     axis.set_xticks((0, 1, 2))

@@ -237,9 +237,9 @@ def test_the_card_shows_a_core_tree_as_it_is(trees):
     assert shown == {**whole, "nodes": {name: whole["nodes"][name] for name in shown["nodes"]}}
 
 
-def test_the_card_tells_the_marks_of_the_second_readers(card, trees, scores):
+def test_the_card_tells_the_marks_of_the_judges(card, trees, scores):
     places = [(row["domain"], row["topic"]) for row in scores]
-    assert places == sorted(set(places)) and set(places) <= {(tree.domain, tree.name) for tree in trees}
+    assert places == sorted(set(places)) and set(places) == {(tree.domain, tree.name) for tree in trees}
     assert {row[measure] for row in scores for measure in ("truth", "relevance")} <= {"0", "1", "2"}
     domains = sorted({domain for domain, _ in places})
     groups = [*([row for row in scores if row["domain"] == domain] for domain in domains), scores]
