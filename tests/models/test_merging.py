@@ -54,6 +54,16 @@ def test_the_merged_model_says_what_base_and_adapters_say(merged, tiny_folder, a
     assert (with_adapters - plain).abs().max() > 0.1
 
 
+def test_other_weights_beside_those_of_the_base_do_not_get_into_the_merged_model(
+    merged, tiny_folder, adapters, tmp_path
+):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    doubled = {name: 2 * tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(doubled, base / "model_ema.safetensors", {"format": "pt"})
+    result = merging.merge(base, adapters, tmp_path / "merged", PROMPTS, {})
+    assert result.files["model.safetensors"] == merged[1].files["model.safetensors"]
+
+
 def test_the_merge_gives_the_numbers_of_peft_in_one_file_or_in_shards(
     merged, tiny_folder, adapters, tmp_path, monkeypatch
 ):

@@ -99,6 +99,19 @@ def test_the_cache_is_where_a_variable_says_or_one_sentence_names_both(monkeypat
             cache_folder()
 
 
+def test_a_home_that_this_user_may_not_look_at_is_none(monkeypatch):
+    """Left over from another user: `sudo -u`, a container with another uid."""
+
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setenv("HOME", "/root/somewhere")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="HOME is not a folder, and XDG_CACHE_HOME is"):
+        patch.setattr(os, "stat", refuse)
+        cache_folder()
+
+
 @pytest.mark.parametrize("script", ["train_conversation.py", "evaluate_conversation_model.py"])
 def test_a_refusal_of_a_script_is_one_sentence_with_status_2_and_leaves_nothing(script, tmp_path):
     done = run_script(script, cwd=tmp_path, env={"WORLD_SIZE": "two"})
@@ -161,6 +174,46 @@ def test_a_warning_of_a_library_is_not_an_error(tmp_path):
     for odd in ({}, {"PYTHONWARNINGS": "error"}, {"PYTHONWARNINGS": "default,error::UserWarning"}):
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **odd})
         assert done.returncode == 0 and "UserWarning: of a library" in done.stderr, done.stderr
+
+
+LIBRARIES = {
+    "somelib": 'import os\nWAIT = float(os.environ.get("SOMELIB_WAIT", 1))\nassert not os.environ.get("SOMELIB_OFF")\n',
+    "latelib": "try:\n    import somelib\nexcept Exception as error:\n    raise RuntimeError('above') from error\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "variables", "said"),
+    [
+        ("somelib", {"SOMELIB_WAIT": "soon"}, "cannot be loaded: could not convert string to float: 'soon'"),
+        ("latelib", {"SOMELIB_WAIT": "soon"}, "cannot be loaded: could not convert string to float: 'soon'"),
+        ("somelib", {"SOMELIB_OFF": "1"}, "cannot be loaded: AssertionError"),
+        ("tqdm", {"TQDM_MININTERVAL": "soon"}, "cannot be loaded: could not convert string to float: 'soon'"),
+    ],
+)
+def test_a_variable_with_which_a_library_cannot_be_loaded_is_named(tmp_path, library, variables, said):
+    for name, text in LIBRARIES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "script.py").write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom conversation.errors import run_main\n"
+        f"run_main(lambda: __import__('{library}') and 0)"
+    )
+    command = [sys.executable, str(tmp_path / "script.py"), str(PROJECT)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    ((name, value),) = variables.items()
+    at_fault = library.replace("latelib", "somelib")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: the library {at_fault} {said}; set here: {name}={value}\nhint: correct or unset it\n"
+
+
+def test_a_defect_of_ours_keeps_its_traceback_whatever_is_loaded(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom conversation.errors import run_main\n"
+        "run_main(lambda: int('x'))"
+    )
+    command = [sys.executable, str(tmp_path / "script.py"), str(PROJECT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr, done.stderr
 
 
 def test_an_interactive_python_ends_like_any_other(tmp_path):
