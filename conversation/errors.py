@@ -86,6 +86,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     return _library_not_loaded(error)
 
 
+WHERE_LIBRARIES_ARE = ("PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
 OURS = ("__main__", "conversation", "conversation_config", "benchmarks", "scripts")
 
 
@@ -98,15 +99,18 @@ def _library_not_loaded(error: BaseException) -> UserError | None:
     if not isinstance(error, Exception) or not names or names[-1] in OURS:
         return None
     library, text = names[-1], (str(error).strip() or type(error).__name__).splitlines()[0]
-    to_blame = [
-        f"{name}={'...' if re.search('TOKEN|KEY|PASSWORD|SECRET', name.upper()) else value[:100]}"
-        for name, value in sorted(os.environ.items())
-        if library.upper() in name.upper() or (value and re.search(f"['\"]{re.escape(value)}['\"]", text))
+    problem = f"the library {library} cannot be loaded: {text}"
+    variables = {name: value for name, value in sorted(os.environ.items()) if value}
+    blamed = [
+        name
+        for name, value in variables.items()
+        if library.upper() in name.upper() or re.search(f"['\"]{re.escape(value)}['\"]", text)
     ]
-    if to_blame:
-        problem = f"the library {library} cannot be loaded: {text}; set here: {', '.join(to_blame)}"
-        return UserError(problem, "correct or unset it")
-    return UserError(f"the library {library} cannot be loaded: {text}", "remove .venv; ./RETRAIN.sh makes it again")
+    if not (blamed := blamed or [name for name in WHERE_LIBRARIES_ARE if name in variables]):
+        return UserError(problem, "remove .venv; ./RETRAIN.sh makes it again")
+    secret = re.compile("TOKEN|KEY|PASSWORD|SECRET", re.IGNORECASE)
+    shown = [f"{name}={'...' if secret.search(name) else variables[name][:100]}" for name in blamed]
+    return UserError(f"{problem}; set here: {', '.join(shown)}", "correct or unset it")
 
 
 def run_main(main: Callable[[], int], several_processes: bool = False) -> None:

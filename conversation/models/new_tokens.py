@@ -204,7 +204,8 @@ def make_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     needed = sum(parameter.nbytes for parameter in model.parameters())
-    make_folder(folder.parent)
+    if not folder.parent.is_dir():
+        raise UserError(f"there is no folder {folder.parent}", "make it first")
     check_disk_space(folder.parent, needed, "the copy")
     try:
         make_folder(part)

@@ -111,6 +111,9 @@ def test_what_no_training_takes_is_not_copied_by_hand_either(tmp_path, tiny_fold
         monkeypatch.setattr(sys, "argv", ["new_tokens", str(source), str(tmp_path / "new")])
         with pytest.raises(UserError, match=words):
             new_tokens.main()
+    monkeypatch.setattr(sys, "argv", ["new_tokens", str(tiny_folder), str(tmp_path / "far" / "new")])
+    with pytest.raises(UserError, match="there is no folder"):
+        new_tokens.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "base"]
 
 

@@ -57,11 +57,11 @@ def test_a_setting_of_pip_that_installs_elsewhere_is_found_before_anything_is_mi
     (tmp_path / "requirements.txt").write_text("# one\ntinypackage==1.0\n")
     (tmp_path / "pip.conf").write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\n")
     process = prepare(PIP_FIND_LINKS=str(tmp_path), PIP_CONFIG_FILE=str(tmp_path / "pip.conf"))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2 and "error: pip did not install the packages of requirements.txt" in errors
     assert not (tmp_path / ".venv" / "requirements.txt.cksum").exists()
     process = prepare(PIP_FIND_LINKS=str(tmp_path), PIP_TARGET=str(tmp_path / "elsewhere"), PIP_NO_DEPS="1")
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     subprocess.run([out.strip(), "-c", "import tinypackage"], check=True)
 
