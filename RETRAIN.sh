@@ -50,6 +50,7 @@ run test_conversation_model.py --run_dir "$attempt" --resume
 stage "Evaluate" # a short look at what the answers are worth; it informs and gates nothing
 run evaluate_conversation_model.py --run_dir "$attempt" --short --resume || echo "warning: not evaluated" >&2
 
+refused=0
 if [ -n "$types" ]; then # a type that is refused does not keep the run from being published
     stage "Export"       # GGUF for llama.cpp and Ollama, read back and asked
     run export_conversation_model.py --run_dir "$attempt" --type "$types" --resume || refused=1

@@ -94,7 +94,7 @@ def _library_not_loaded(error: BaseException) -> UserError | None:
     """The error for a library that fails while it is imported; None for any other. Libraries read variables then:
     numbers, switches, names."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
-    names = [str(frame.f_globals["__name__"]).partition(".")[0] for frame in frames]
+    names = [str(frame.f_globals.get("__name__", "__main__")).partition(".")[0] for frame in frames]
     names = [name for name in names if name not in sys.stdlib_module_names]
     if not isinstance(error, Exception) or not names or names[-1] in OURS:
         return None

@@ -6,7 +6,7 @@ source "$project/scripts/environment.sh"
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # left over: a retrain is one process
 root=$project/training-runs/conversation
 stages=$(grep -c '^stage "' "$project/RETRAIN.sh")
-number=0 name='' child='' stopped=0 resumed=no before='' attempt='' device='' types='' refused=0
+number=0 name='' child='' stopped=0 resumed=no before='' attempt='' device='' types=''
 
 # help_or_go_on FLAG...   print the help and exit, refuse a flag that is not for RETRAIN.sh, or note whether to resume
 #                         and on which device
