@@ -283,7 +283,7 @@ def hub_settings(environ: Mapping[str, str]) -> list[str]:
     """What is set for the hub's client and the network, as NAME=value; passwords and tokens are not shown."""
     found = []
     for name, value in sorted(environ.items()):
-        if not value or not _OF_THE_HUB.fullmatch(name) or name in _NOT_OF_THE_NETWORK:
+        if not value or not _OF_THE_HUB.fullmatch(name) or _NOT_OF_THE_NETWORK.fullmatch(name):
             continue
         found.append(f"{name}=..." if "TOKEN" in name else f"{name}={re.sub('//[^/@]*@', '//...@', value)[:100]}")
     return found
@@ -293,7 +293,7 @@ _OF_THE_HUB = re.compile(
     r"(HF|HUGGINGFACE|HUGGING_FACE)_.*|TRANSFORMERS_(OFFLINE|CACHE)|(?i:(all|https?|no)_proxy)|SSL_CERT_(FILE|DIR)"
     r"|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSLKEYLOGFILE"
 )
-_NOT_OF_THE_NETWORK = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY")
+_NOT_OF_THE_NETWORK = re.compile(r".*_DISABLE_(PROGRESS_BARS|TELEMETRY)")
 
 
 def set_up_libraries() -> None:

@@ -100,6 +100,7 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path, monkeypatch):
 def test_passwords_and_tokens_are_not_shown():
     shown = hub_settings({"HTTPS_PROXY": "http://me:secret@proxy:1", "HF_TOKEN": "hf_x", "HOME": "/", "HF_HOME": ""})
     assert shown == ["HF_TOKEN=...", "HTTPS_PROXY=http://...@proxy:1"]
+    assert hub_settings({f"HF_{name}_DISABLE_PROGRESS_BARS": "1" for name in ("HUB", "DATASETS")}) == []  # ours
 
 
 def test_whatever_the_client_raises_is_one_sentence(monkeypatch):
