@@ -29,7 +29,7 @@ def adapters(tmp_path_factory, tiny_folder):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)
     return folder
 
 

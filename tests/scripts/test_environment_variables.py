@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, easy_lines, run_script
+from conftest import PROJECT, easy_lines, lay_into_hub_cache, run_script
 
 from conversation import environment
 from conversation.data.examples import to_jsonl
@@ -264,14 +264,21 @@ def test_the_path_of_an_attempt_does_not_go_through_the_encoding_of_a_terminal(t
 
 
 def test_a_training_in_a_strange_environment_is_a_whole_run(tmp_path, tiny_folder):
-    """RANK left over, no home, no locale, warnings as errors: the run folder is complete, and nothing else is left."""
+    """RANK left over, no home, no locale, warnings as errors, a cached base of the hub: the run folder is complete,
+    nothing else is left, and no other machine was asked."""
     home = tmp_path / "Prüfung 日本"
     home.mkdir()
     (home / "daten.jsonl").write_bytes(to_jsonl(easy_lines()))
     variables = {**without_home(tmp_path / "site"), "RANK": "1", "LOCAL_RANK": "1", "PYTHONSAFEPATH": "1"}
     variables |= {"PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2", "PYTHONUTF8": "0", "LC_ALL": "C"}
     variables |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "nonsense"}
-    command = [sys.executable, str(PROJECT / "train_conversation.py"), "--base_model", str(tiny_folder)]
+    lay_into_hub_cache(tmp_path / "cache", tiny_folder)
+    variables = {name: value for name, value in variables.items() if not name.startswith("HF_")}
+    variables["HF_HOME"] = str(tmp_path / "cache")
+    with open(tmp_path / "site" / "sitecustomize.py", "a") as file:
+        file.write(f"import socket\ndef asked(*place, **options):\n    open({str(tmp_path / 'asked')!r}, 'a').write")
+        file.write("(f'{place}')\n    raise OSError('no network')\nsocket.getaddrinfo = asked\n")
+    command = [sys.executable, str(PROJECT / "train_conversation.py")]
     flags = [
         "--training_data",
         str(home / "daten.jsonl"),
@@ -286,6 +293,7 @@ def test_a_training_in_a_strange_environment_is_a_whole_run(tmp_path, tiny_folde
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "warning: RANK=1 and LOCAL_RANK=1 ignored: WORLD_SIZE is not set, so this is one process" in done.stderr
     assert sorted(path.name for path in home.iterdir()) == ["daten.jsonl", "läuft"]
+    assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
     run = RunFolder(home / "läuft")
     assert run.read().training.steps == 2 and run.read().data.source == str(home / "daten.jsonl")
     assert run.training_data.exists() and "Prüfung 日本" in run.report.read_text(encoding="utf-8")
