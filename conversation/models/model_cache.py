@@ -34,7 +34,7 @@ def cached_model(
     """
     from safetensors import SafetensorError
 
-    if folder.exists() and manifest_problem(folder, origin) is None:
+    if os.path.isdir(folder) and manifest_problem(folder, origin) is None:  # Path.is_dir raises where it may not look
         return folder
     cache = folder.parent
     make_folder(cache, "set XDG_CACHE_HOME to a folder that can be written")

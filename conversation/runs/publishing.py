@@ -19,6 +19,7 @@ from conversation.runs.record import RunRecord, now
 from conversation_config import TRAINING_RUNS
 
 LATEST = "latest"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say; the first is FAT's
 PUBLISHING = ".publishing"  # in attempts/, while a run has its final name but `latest` still points at the previous run
 
 
@@ -122,12 +123,7 @@ def _point_latest_at(run: Path) -> None:
     try:
         link.symlink_to(run.name)
     except OSError as error:
-        if error.errno not in (
-            errno.EPERM,
-            errno.ENOTSUP,
-            errno.EOPNOTSUPP,
-            errno.ENOSYS,
-        ):  # as Linux says it of FAT, and others
+        if error.errno not in NO_LINKS:
             raise
         print(f"warning: no link {LATEST}: the file system of {shown(run.parent)} has none", file=sys.stderr)
         return
