@@ -39,7 +39,7 @@ def add_adapters(model: nn.Module, config: TrainingConfig) -> PeftModel:
     lora = lora_config(config)
     lora._register_custom_module({nn.Linear: FusedLoraLinear})  # peft's hook for custom layers
     with looking_like_float32(model):
-        adapted = get_peft_model(model, lora)
+        adapted: Any = get_peft_model(model, lora)  # a method of it is replaced below
     lora.base_model_name_or_path = config.base_model  # as it was named, not where it lies on this machine
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
