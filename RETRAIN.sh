@@ -8,8 +8,8 @@
 #
 # Every other flag goes to train_conversation.py (see its --help), for example --learning_rate 2e-5.
 # --device cpu or --device cuda is for all stages.
-# Exit status: 0 published, or nothing to resume; 1 tried and failed; 2 not started; 129, 130 or 143 stopped; can be resumed.
-[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with another shell
+# Exit status: 0 published, or nothing to resume; 1 tried and failed; 2 not started; 128 + n stopped by signal n; can be resumed.
+case "${BASH_VERSION:+$-}" in *p*) ;; *) exec bash -p "$0" "$@" ;; esac # another shell; leftovers that -p ignores
 set -euo pipefail
 set +o posix # from POSIXLY_CORRECT, or called as sh
 self=${BASH_SOURCE[0]}
@@ -50,6 +50,7 @@ run test_conversation_model.py --run_dir "$attempt" --resume
 stage "Evaluate" # a short look at what the answers are worth; it informs and gates nothing
 run evaluate_conversation_model.py --run_dir "$attempt" --short --resume || echo "warning: not evaluated" >&2
 
+refused=0
 if [ -n "$types" ]; then # a type that is refused does not keep the run from being published
     stage "Export"       # GGUF for llama.cpp and Ollama, read back and asked
     run export_conversation_model.py --run_dir "$attempt" --type "$types" --resume || refused=1
@@ -57,4 +58,4 @@ fi
 
 stage "Publish" # the attempt gets its name, and `latest` points at it
 bookkeeping publish
-exit "${refused:-0}"
+exit "$refused"

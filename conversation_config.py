@@ -261,7 +261,9 @@ def path_from_anywhere(name: str) -> str:
         return f"{path_from_anywhere(folder)}:{split}"
     path = Path(os.path.expanduser(name))
     named = name in (*DATA_SETS, STAND_IN)
-    return str(path.resolve()) if path.exists() and Path.cwd() != PROJECT and not named else name
+    if not path.exists() or Path.cwd() == PROJECT or named:
+        return name
+    return str(path.resolve() if path.resolve().exists() else path.absolute())  # what a pipe's link names is no path
 
 
 def cache_folder() -> Path:
@@ -281,7 +283,7 @@ def hub_settings(environ: Mapping[str, str]) -> list[str]:
     """What is set for the hub's client and the network, as NAME=value; passwords and tokens are not shown."""
     found = []
     for name, value in sorted(environ.items()):
-        if not value or not _OF_THE_HUB.fullmatch(name) or name in _NOT_OF_THE_NETWORK:
+        if not value or not _OF_THE_HUB.fullmatch(name) or _NOT_OF_THE_NETWORK.fullmatch(name):
             continue
         found.append(f"{name}=..." if "TOKEN" in name else f"{name}={re.sub('//[^/@]*@', '//...@', value)[:100]}")
     return found
@@ -291,13 +293,11 @@ _OF_THE_HUB = re.compile(
     r"(HF|HUGGINGFACE|HUGGING_FACE)_.*|TRANSFORMERS_(OFFLINE|CACHE)|(?i:(all|https?|no)_proxy)|SSL_CERT_(FILE|DIR)"
     r"|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSLKEYLOGFILE"
 )
-_NOT_OF_THE_NETWORK = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY")
+_NOT_OF_THE_NETWORK = re.compile(r".*_DISABLE_(PROGRESS_BARS|TELEMETRY)")
 
 
 def set_up_libraries() -> None:
     """Settings that libraries read when they are loaded; what the user has set stays.
-
-    Raises UserError when the hub's client cannot be loaded with what is set.
 
     OpenMP's threads sleep while they wait for each other. Beside one busy program an answer or a step then takes about
     0.6 of the time; on quiet cores up to a tenth more (benchmarks/README.md).
@@ -310,11 +310,4 @@ def set_up_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each training otherwise
     os.environ["MPLBACKEND"] = "agg"  # plots are files; a notebook's leftover would fail
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        import huggingface_hub.constants  # noqa: F401
-    except ImportError:
-        raise
-    except Exception as error:  # it reads numbers, for one, while it is loaded
-        found = ", ".join(hub_settings(os.environ))
-        problem = f"the hub's client cannot be loaded: {error}; set here: {found}"
-        raise UserError(problem, "correct or unset it") from None
+    import huggingface_hub.constants  # noqa: F401 - it reads variables: what is wrong with them is said at once

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Only the training, in the prepared environment; every flag goes to train_conversation.py (see its --help).
-[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with another shell
+case "${BASH_VERSION:+$-}" in *p*) ;; *) exec bash -p "$0" "$@" ;; esac # another shell; leftovers that -p ignores
 set -euo pipefail
 set +o posix # from POSIXLY_CORRECT, or called as sh
 self=${BASH_SOURCE[0]}

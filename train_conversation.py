@@ -7,7 +7,7 @@
     train_conversation.py --resume                      go on with the newest run
 
 Writes run.json, data, checkpoints/ with final_lora/, metrics.jsonl, loss_curve.png, report.md and console.log.
-Exit status: 0 trained; 1 tried and failed; 2 not started; 129, 130 or 143 stopped by a signal, with a checkpoint.
+Exit status: 0 trained; 1 tried and failed; 2 not started; 128 + n stopped by signal n, with a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A GPU's figures in one command, within 9 minutes: see benchmarks/gpu.py, which gets every flag.
-[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with another shell
+case "${BASH_VERSION:+$-}" in *p*) ;; *) exec bash -p "$0" "$@" ;; esac # another shell; leftovers that -p ignores
 set -euo pipefail
 project=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$project/.venv/bin/python

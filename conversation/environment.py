@@ -150,4 +150,4 @@ def home_folder() -> Path | None:
         home = Path(os.environ.get("HOME") or Path("~").expanduser())
     except RuntimeError:  # no HOME, and no entry for the user
         return None
-    return home if home.is_absolute() and home.is_dir() else None
+    return home if home.is_absolute() and os.path.isdir(home) else None  # Path.is_dir raises where it may not look

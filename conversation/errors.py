@@ -7,8 +7,10 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,6 +18,8 @@ from conversation import environment
 
 NOT_STARTED = 2  # bad flag, bad data, no model
 TRIED_AND_FAILED = 1  # a test failed, the loss was not finite
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Signals that stop a script, beside Ctrl-C. Batch systems announce the end of the time with the last three."""
 
 
 class UserError(Exception):
@@ -75,9 +79,38 @@ def as_user_error(error: BaseException) -> UserError | None:
         status = NOT_STARTED if error.errno in _WRONG_PATH else TRIED_AND_FAILED
         name = f": {str(error.filename)[:200]}" if error.filename else ""
         return UserError(f"{error.strerror or error}{name}", "", status)
+    while error.__cause__ is not None:  # a library that loads its parts late wraps what they raise
+        error = error.__cause__
     if isinstance(error, ModuleNotFoundError):
         return UserError(f"{error}", "use the project's environment: .venv/bin/python, which ./RETRAIN.sh makes")
-    return None
+    return _library_not_loaded(error)
+
+
+WHERE_LIBRARIES_ARE = ("PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
+OURS = ("__main__", "conversation", "conversation_config", "benchmarks", "scripts")
+
+
+def _library_not_loaded(error: BaseException) -> UserError | None:
+    """The error for a library that fails while it is imported; None for any other. Libraries read variables then:
+    numbers, switches, names."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    names = [str(frame.f_globals.get("__name__", "__main__")).partition(".")[0] for frame in frames]
+    names = [name for name in names if name not in sys.stdlib_module_names]
+    if not isinstance(error, Exception) or not names or names[-1] in OURS:
+        return None
+    library, text = names[-1], (str(error).strip() or type(error).__name__).splitlines()[0]
+    problem = f"the library {library} cannot be loaded: {text}"
+    variables = {name: value for name, value in sorted(os.environ.items()) if value}
+    blamed = [
+        name
+        for name, value in variables.items()
+        if library.upper() in name.upper() or re.search(f"['\"]{re.escape(value)}['\"]", text)
+    ]
+    if not (blamed := blamed or [name for name in WHERE_LIBRARIES_ARE if name in variables]):
+        return UserError(problem, "remove .venv; ./RETRAIN.sh makes it again")
+    secret = re.compile("TOKEN|KEY|PASSWORD|SECRET", re.IGNORECASE)
+    shown = [f"{name}={'...' if secret.search(name) else variables[name][:100]}" for name in blamed]
+    return UserError(f"{problem}; set here: {', '.join(shown)}", "correct or unset it")
 
 
 def run_main(main: Callable[[], int], several_processes: bool = False) -> None:
@@ -87,7 +120,7 @@ def run_main(main: Callable[[], int], several_processes: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not stop the work
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP: leave that
             signal.signal(number, _interrupt)
     try:

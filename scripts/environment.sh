@@ -56,6 +56,11 @@ prepare_environment() {
                 echo "hint: see pip's message above; then run the same command again" >&2
                 return 2
             fi
+            if ! _holds "$venv" "$file"; then
+                echo "error: pip did not install the packages of $file into $venv: a setting of it names another place" >&2
+                echo "hint: find it with $venv/bin/python -m pip config list; then run the same command again" >&2
+                return 2
+            fi
             echo "$wanted" >"$stamp"
         done
         exec 8>&- # frees the lock
@@ -92,9 +97,18 @@ _lock_environment() { # VENV PYTHON   lock file descriptor 8, for as long as it 
     "$2" -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX)' 2>/dev/null || true # a file system without locks: go on
 }
 
+_holds() { # VENV FILE   whether the environment has what the file pins
+    "$1/bin/python" -c 'import sys
+from importlib.metadata import version
+for line in open(sys.argv[1], encoding="utf-8"):
+    name, pinned, wanted = line.strip().partition("==")
+    if pinned and name[0].isalnum() and version(name).split("+")[0] != wanted:
+        sys.exit(1)' "$2" 2>/dev/null
+}
+
 _pip() ( # VENV FLAG...   a setting of the user's must not install it elsewhere, or nowhere
     python="$1/bin/python"
     shift
-    unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN
+    unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN PIP_PYTHON PIP_NO_DEPS PIP_REQUIREMENT
     PIP_USER=0 "$python" -m pip install --quiet --disable-pip-version-check "$@" >&2
 )

@@ -59,6 +59,7 @@ def draw(path: Path, title: str, trees: list[Tree], panels: Sequence[Callable[[A
     import matplotlib.pyplot as plt
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+    plt.rcdefaults()
     plt.rcParams.update({"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"})
     layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.12, hspace=0.05)
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), facecolor="white", layout=layout)

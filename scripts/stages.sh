@@ -65,8 +65,8 @@ one_retrain_at_a_time() {
     before=$(bookkeeping newest)
 }
 
-# run SCRIPT FLAG...   run a script of the project as a child, on the device that was asked for. Ctrl-C, SIGTERM and a
-#                      closed terminal reach it, so that it can save its work. RETRAIN.sh then ends with its status and
+# run SCRIPT FLAG...   run a script of the project as a child, on the device that was asked for. A signal that stops
+#                      RETRAIN.sh reaches it, so that it can save its work. RETRAIN.sh then ends with its status and
 #                      begins no further stage.
 run() {
     local script="$project/$1" status=0
@@ -84,8 +84,8 @@ run() {
     return "$status"
 }
 
-_stop() { # SIGNAL STATUS
-    stopped=$2
+_stop() { # SIGNAL
+    stopped=$((128 + $(kill -l "$1")))
     [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null || true
 }
 
@@ -102,7 +102,8 @@ _failed() { # STATUS
     [ ! -e "$attempt/report.md" ] || echo "Report: $attempt/report.md" >&2
 }
 
-trap '_stop HUP 129' HUP
-trap '_stop INT 130' INT
-trap '_stop TERM 143' TERM
+for signal in HUP INT TERM USR1 USR2 XCPU; do # the last three: a batch system announces the end of the time
+    # shellcheck disable=SC2064 # expanded now
+    trap "_stop $signal" "$signal"
+done
 trap '_failed $?' ERR

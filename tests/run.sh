@@ -2,6 +2,7 @@
 # The tests, with everything they need: makes the environment, checks form and types, runs pytest.
 #   tests/run.sh            the fast tests and those on the 270M stand-in
 #   tests/run.sh -m slow    the long ones (see pyproject.toml); every flag goes to pytest
+case "${BASH_VERSION:+$-}" in *p*) ;; *) exec bash -p "$0" "$@" ;; esac # see RETRAIN.sh
 set -euo pipefail
 CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from conversation.errors import UserError
+from conversation.errors import STOPPING, UserError
 
 if TYPE_CHECKING:
     from conversation.answering.answer_queue import AnswerQueue
@@ -66,7 +66,7 @@ def url_of(listener: socket.socket) -> str:
 def run_server(
     app: Any, listener: socket.socket, queue: AnswerQueue, when_ready: Callable[[], None] = lambda: None
 ) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP, or until the queue's engine fails to open, whose error is then raised.
+    """Serve until Ctrl-C or a signal of STOPPING, or until the queue's engine fails to open, whose error is raised.
 
     At the first signal no more requests are taken; the answer at work is finished, for at most GRACE_SECONDS, and what
     waits is told, as is who reads an answer that takes longer. At the second all ends at once. `when_ready` is called,
@@ -112,7 +112,7 @@ async def serve(
             server.should_exit = True
             queue.end()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signals else ():
+    for number in (signal.SIGINT, *STOPPING) if signals else ():
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP: leave that
             asyncio.get_running_loop().add_signal_handler(number, end)
     queue.start()

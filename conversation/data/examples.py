@@ -19,6 +19,8 @@ from conversation.data.trees import Tree, read_listed_trees, read_trees
 from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format.calls import Example
 
+RECODE = "convert the file to UTF-8: iconv -f ENCODING -t UTF-8, with the encoding that it has, as CP1252 or GB18030"
+
 
 def parse_line(line: str) -> Example:
     """Read one line of a JSONL file. Raises ValueError that says what is wrong with it."""
@@ -58,7 +60,8 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
             problems.append(f"{path}:{number}: {error}")
     if problems:
         message = f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}"
-        raise UnusableData(message, FORMS, problems, examples)
+        hint = RECODE if all("not UTF-8" in problem for problem in problems) else FORMS
+        raise UnusableData(message, hint, problems, examples)
     if not examples:
         raise UserError(f"{path} contains no training example")
     return examples
@@ -74,8 +77,10 @@ def _kind_of_text(data: bytes) -> str | None:
     try:
         value = strict_json.loads(strict_json.decode_utf8(data))
     except strict_json.JsonError as error:
-        broken = start == b"[" and data.lstrip().split(b"\n")[0].strip() == b"["
-        return f"this is one JSON array, and a broken one: {error}" if broken else None
+        first = data.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n")[0].strip()
+        if first == b"{":
+            return "this is JSON over several lines: write each object on one line, as jq -c . does"
+        return f"this is one JSON array, and a broken one: {error}" if first == b"[" else None
     if isinstance(value, list):
         return f"this is one JSON array of {len(value)}: write each object on its own line, as jq -c '.[]' does"
     if isinstance(value, dict) and "nodes" in value:
@@ -121,6 +126,10 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
             problem = f"there is no training data at {path}"
             raise UserError(
                 problem, "--training_data takes a tree folder, a JSONL or Parquet file, or a data set's name"
+            )
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise UserError(
+                f"{path} is a pipe or a device", "save the data in a file: a resumed training reads it again"
             )
         holds_trees = path.is_dir() or path.suffix == ".txt"
         if domains and not holds_trees:

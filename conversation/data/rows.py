@@ -20,7 +20,6 @@ from conversation_config import cache_folder
 
 _DATA_SET = re.compile(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _FILE = re.compile(r"\.(jsonl?|txt|csv|parquet|gz|zip)$", re.IGNORECASE)
-_OF_THE_HUB = {"DatasetNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "GatedRepoError", "ConnectTimeout"}
 FORMS = "rows have `text`, or `messages`, or `prompt` and `completion`: data/README.md"
 
 
@@ -84,7 +83,7 @@ def _read(shown: str, source: str, split: str, **options: Any) -> list[tuple[str
     except UserError:
         raise
     except Exception as error:  # the library raises whatever its readers and the network raise
-        raise _cannot_read(shown, error) from None
+        raise _cannot_read(shown, error, of_the_hub=not options and not Path(source).exists()) from None
 
 
 def _check_columns(shown: str, columns: list[str]) -> None:
@@ -110,17 +109,17 @@ def _examples(shown: str, rows: Iterable[Any]) -> list[tuple[str, Example]]:
     return examples
 
 
-def _cannot_read(shown: str, error: Exception) -> UserError:
-    """The sentence for what the library or the network raised."""
-    kinds = {type(each).__name__ for each in (error, error.__cause__, error.__context__)}
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno:
-        return UserError(f"{shown} cannot be read: {error.strerror}")
-    if kinds & _OF_THE_HUB:
+def _cannot_read(shown: str, error: Exception, of_the_hub: bool) -> UserError:
+    """The sentence for whatever the library or the network raised."""
+    if "split" in str(error).lower():
+        return UserError(f"{shown} cannot be read: {cause(error)}", "a split stands after a colon: owner/name:train")
+    if of_the_hub:
         return UserError(
             f"there is no file or folder {shown.split(':')[0]}, and no data set of that name can be read: "
             f"{cause(error)}{what_is_set()}",
-            "check name and network; a private or gated one needs .venv/bin/hf auth login and its licence accepted",
+            "check name, network and what is set; a private or gated one needs .venv/bin/hf auth login and its licence "
+            "accepted",
         )
-    if "split" in str(error).lower():
-        return UserError(f"{shown} cannot be read: {cause(error)}", "a split stands after a colon: owner/name:train")
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno:
+        return UserError(f"{shown} cannot be read: {error.strerror}")
     return UserError(f"{shown} cannot be read: {cause(error)}", FORMS)

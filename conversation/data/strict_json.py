@@ -38,6 +38,15 @@ _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "zstd: unpack it with unzstd",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"Rar!": "a RAR archive: unpack it",
+    b"\x5d\0\0": "lzma: unpack it with unlzma",
+    b"\x04\x22\x4d\x18": "lz4: unpack it with unlz4",
+    b"\x1f\x9d": "compressed: unpack it with uncompress",
+    b"ARROW1": "an Arrow file: save it as Parquet or JSONL",
+    b"\xd0\xcf\x11\xe0": "an Office document: save it as JSONL",
+    b"%PDF": "a PDF: take the text it was made from",
+    b"\x80\x04\x95": "a Python pickle, which can contain programs: save it as JSONL",
+    b"<?xml": "XML: save it as JSONL",
     b"PAR1": "Parquet: its name must end in .parquet",
     b"SQLite format 3": "an SQLite database: export it as JSONL",
     b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it with git lfs pull",
@@ -51,7 +60,7 @@ _UTF32 = "UTF-32: convert it with iconv -f UTF-32 -t UTF-8"
 def recognise(data: bytes) -> str | None:
     """What a file is that is not UTF-8 text, as "this is ...", with what to do; None when that is not known."""
     for start, kind in _FOREIGN.items():
-        if data.startswith(start):
+        if data.startswith(start) or data[:9].upper() == start == b"<!DOCTYPE":
             return f"this is {kind}"
     if data[257:262] == b"ustar":
         return "this is a tar archive: unpack it"

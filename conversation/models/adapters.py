@@ -7,6 +7,7 @@ respect the adapters are peft's: names, files, merging, and the numbers up to ro
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,17 @@ def lora_config(config: TrainingConfig) -> LoraConfig:
 
 
 def add_adapters(model: nn.Module, config: TrainingConfig) -> PeftModel:
-    """The model with fresh LoRA adapters. Everything else is frozen."""
+    """The model with fresh LoRA adapters. Everything else is frozen, and saving it saves the adapters alone.
+
+    By itself peft would ask the hub, at each checkpoint, for the config of the base as it was named. Where that has
+    another vocabulary than the copy that is trained, it would save the embeddings, too.
+    """
     lora = lora_config(config)
     lora._register_custom_module({nn.Linear: FusedLoraLinear})  # peft's hook for custom layers
     with looking_like_float32(model):
-        adapted = get_peft_model(model, lora)
+        adapted: Any = get_peft_model(model, lora)  # a method of it is replaced below
     lora.base_model_name_or_path = config.base_model  # as it was named, not where it lies on this machine
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from conversation.errors import UserError, list_problems
+from conversation.errors import UserError
 from conversation.models.audit import check_control_tokens, lacks_tokens
+from conversation.models.base_files import check_base_files
 from conversation.models.hub import from_hub
 from conversation.models.model_cache import cached_model
 from conversation.models.new_tokens import adds_prefix_space, give_control_tokens, hint_after_copy, load_any
 from conversation.models.stand_in import prepare_stand_in
 from conversation.models.tokenizer import load_tokenizer, tokenizer_files
-from conversation.models.weights import tied_but_different
-from conversation.runs.files import read_json
+from conversation.models.weights import weight_files
 from conversation_config import PROJECT, STAND_IN, cache_folder
 
 PREPARATION = "1"  # counts versions of the preparation
@@ -33,6 +32,8 @@ def find_base_model(name: str) -> Path:
     Raises UserError with a remedy when there is none.
     """
     if name == STAND_IN:
+        if Path(name).exists():
+            print(f"this is the stand-in; for the {name} here write ./{name}", file=sys.stderr)
         return prepare_stand_in()
     folder = Path(os.path.expanduser(name))
     if not folder.exists() and (PROJECT / folder).is_dir():
@@ -41,7 +42,7 @@ def find_base_model(name: str) -> Path:
         if _is_hub_name(name):
             print(f"{name} is the folder {folder.resolve()}, not the hub's model", file=sys.stderr)
         return _checked(folder.resolve())
-    if folder.is_file() and folder.suffix == ".gguf":
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
         return _prepared(folder.resolve())
     if not _is_hub_name(name):
         raise UserError(f"unknown base model: {name}", f"give a hub name, a local folder, a GGUF file, or {STAND_IN}")
@@ -54,13 +55,7 @@ def _is_hub_name(name: str) -> bool:
 
 def _checked(folder: Path) -> Path:
     """The folder. Raises UserError that lists why a training on it, or the merge after it, would fail."""
-    problems = [*_file_problems(folder), *_config_problems(folder)]
-    if len(problems) == 1:
-        raise UserError(f"{folder} {problems[0][0]}", problems[0][1])
-    if problems:
-        listed = list_problems([f"it {problem}" for problem, _ in problems])
-        hints = "; ".join(dict.fromkeys(hint for _, hint in problems if hint))
-        raise UserError(f"{folder} cannot be trained on:\n{listed}", hints)
+    check_base_files(folder)
     tokenizer = load_tokenizer(folder)
     if lacks_tokens(tokenizer) or adds_prefix_space(folder):
         return _prepared(folder)
@@ -73,7 +68,7 @@ def _prepared(source: Path) -> Path:
 
     Raises UserError that says why a copy cannot be made good; then nothing stays.
     """
-    files = [source] if source.is_file() else [*sorted(source.glob("*.safetensors")), *tokenizer_files(source)]
+    files = [source] if source.is_file() else [*weight_files(source), *tokenizer_files(source)]
     files += [path for path in (source / "config.json", source / "generation_config.json") if path.is_file()]
     seen = [PREPARATION, *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)]
     digest = hashlib.sha256("\n".join(seen).encode()).hexdigest()
@@ -95,36 +90,3 @@ def _short_name(folder: Path) -> str:
     """A name for the copy of a folder; of one in the hub's cache, that of the model."""
     hub = next((part for part in folder.parts if part.startswith("models--")), "")
     return hub.rpartition("--")[2] or folder.name
-
-
-def _file_problems(folder: Path) -> Iterator[tuple[str, str]]:
-    """What is wrong with the files of a base model: (problem, what to do)."""
-    if not (folder / "config.json").is_file():
-        yield "is not a model folder: no config.json", ""
-    if adapters := sorted(path.name for path in folder.glob("adapter_*") if path.suffix in (".json", ".safetensors")):
-        yield f"contains adapters: {', '.join(adapters)}", "merge them into their base first, or move them away"
-    index = folder / "model.safetensors.index.json"
-    if not list(folder.glob("*.safetensors")) and not index.exists():
-        yield "has no weights in safetensors", "other formats are not read: they can contain programs"
-    elif not (folder / "model.safetensors").exists() and not index.exists():
-        yield "has neither model.safetensors nor model.safetensors.index.json", "fetch or make the model again"
-    elif not (folder / "model.safetensors").exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            yield f"has a broken {index.name}: it lists no weights", "fetch or make the model again"
-        elif missing := sorted({str(name) for name in shards.values() if not (folder / str(name)).is_file()}):
-            yield f"lacks weights that its index lists: {', '.join(missing)}", "fetch or make the model again"
-    if unreadable := [path.name for path in tokenizer_files(folder) if not os.access(path, os.R_OK)]:
-        yield f"has files that cannot be read: {', '.join(unreadable)}", "make them readable"
-
-
-def _config_problems(folder: Path) -> Iterator[tuple[str, str]]:
-    """What in the config would make the merge differ or fail: (problem, what to do)."""
-    if not (folder / "config.json").is_file():
-        return
-    config = read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        yield "has quantized weights", "take the model that was not quantized: training and merging are in FP32"
-    if tied_but_different(folder):
-        problem = "ties its embeddings in config.json, but its weights contain two that differ"
-        yield problem, "set tie_word_embeddings to false there"

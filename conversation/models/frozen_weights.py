@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conversation.errors import UserError
-from conversation.models.weights import load_model
+from conversation.models.weights import load_model, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ def loses_bits(folder: Path) -> str | None:
     """The first tensor of a model folder that bfloat16 would change; None when it can hold all. Reads one at a time."""
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():

@@ -38,6 +38,9 @@ def from_hub(name: str) -> Path:
             f"the hub has no model {name}, or shows it only to those logged in{what_is_set()}", STAND_IN_HINT
         ) from None
     except Exception as error:  # whatever the client, its proxies, certificates and parsers raise
+        if isinstance(error, OSError) and error.filename:  # a file of its cache
+            problem = f"{name} cannot be fetched into the hub's cache: {error.strerror}: {error.filename}"
+            raise UserError(problem, "set HF_HOME to a folder that can be written") from None
         raise UserError(
             f"{name} is not on this machine and the hub cannot be reached: {cause(error)}{what_is_set()}",
             f"connect to the network, correct or unset what is set, or {STAND_IN_HINT}",

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation.models.weights import weight_files
 from conversation.runs.files import read_json, write_json
 
 SHARD_BYTES = 2 * 10**9
@@ -58,7 +59,7 @@ def write_merged(base_folder: Path, folder: Path, changes: dict[str, Change], ti
     """
     places = {
         name: path
-        for path in sorted(base_folder.glob("*.safetensors"))
+        for path in weight_files(base_folder)
         for name in _names_in(path)
         if not (tied and name.endswith("lm_head.weight"))
     }

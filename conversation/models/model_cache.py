@@ -29,10 +29,13 @@ def cached_model(
     """The model folder, made by `make` unless it is there, whole, and of the same origin.
 
     `what` names it in messages. The folder gets its name only when it is complete. Two processes do not collide. A
-    broken folder is made again. Raises UserError when it cannot be made; then nothing stays.
+    broken folder is made again. A whole one needs no lock: the cache may be another user's, or on a read-only disk.
+    Raises UserError when it cannot be made; then nothing stays.
     """
     from safetensors import SafetensorError
 
+    if os.path.isdir(folder) and manifest_problem(folder, origin) is None:  # Path.is_dir raises where it may not look
+        return folder
     cache = folder.parent
     make_folder(cache, "set XDG_CACHE_HOME to a folder that can be written")
     with _waiting_lock(cache / f"{folder.name}.lock", what):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.format.control_tokens import CONTROL_TOKENS, END_OF_TURN, FORMAT_TOKENS
 from conversation.models.audit import FUNCTION_GEMMA_IDS, GIVE_TOKENS, audit
+from conversation.models.base_files import check_base_files
 from conversation.models.gguf_weights import load_gguf
 from conversation.models.tokenizer import control_ids, id_of, load_tokenizer
 from conversation.models.weights import load_model
@@ -185,9 +186,12 @@ def main() -> int:
 
 
 def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder, the weights in their own type, or of a GGUF file."""
+    """Model and tokenizer of a folder, the weights in their own type, or of a GGUF file. Raises UserError."""
+    if not source.exists():
+        raise UserError(f"there is no model at {source}", "give a model folder in safetensors, or a GGUF file")
     if source.is_file():
         return load_gguf(source)
+    check_base_files(source)
     return load_model(source, "auto"), load_tokenizer(source)
 
 
@@ -200,7 +204,8 @@ def make_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     needed = sum(parameter.nbytes for parameter in model.parameters())
-    make_folder(folder.parent)
+    if not folder.parent.is_dir():
+        raise UserError(f"there is no folder {folder.parent}", "make it first")
     check_disk_space(folder.parent, needed, "the copy")
     try:
         make_folder(part)

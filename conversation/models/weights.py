@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversation.errors import UserError, list_problems
-from conversation.runs.files import sha256_file
+from conversation.runs.files import read_json, sha256_file
 from conversation.runs.record import BaseIdentity
 from conversation_config import LORA_TARGETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a model folder's weights, by the library's rule: model.safetensors, else the shards of the index.
+
+    Others may lie beside them: averaged weights, the same ones for another program. Nothing reads those.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    shards = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+    return sorted({folder / str(name) for name in shards.values()}) if isinstance(shards, dict) else []
 
 
 def adapter_bytes(folder: Path, rank: int) -> int:
@@ -32,7 +46,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     from safetensors import SafetensorError, safe_open
 
     shapes = {}
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "numpy") as file:
                 shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
@@ -47,7 +61,7 @@ def tied_but_different(folder: Path) -> bool:
 
     places: dict[str, Path] = {}
     try:
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             with safe_open(path, "pt") as file:
                 places.update(dict.fromkeys(file.keys(), path))
         heads = [name for name in places if name.endswith("lm_head.weight")]
@@ -72,7 +86,7 @@ def tied_but_different(folder: Path) -> bool:
 
 def weights_hash(folder: Path) -> str:
     """SHA-256 of a model folder's weights: of its safetensors file, or of the hashes of its shards."""
-    digests = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    digests = [sha256_file(path) for path in weight_files(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

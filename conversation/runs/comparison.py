@@ -11,6 +11,7 @@ from conversation.errors import UserError
 from conversation.runs.evaluation_record import Evaluation, SetFigures, read_evaluation
 from conversation.runs.files import shown, write_atomically
 from conversation.runs.folder import RunFolder
+from conversation.runs.loss_curve import new_figure
 from conversation.runs.record import TrainingResult
 
 NAMES = {
@@ -102,11 +103,7 @@ def draw_comparison(runs: Sequence[RunFolder], path: Path) -> None:
 
 
 def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.8), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.8)
     shares, losses = figure.subplots(1, 2)
     sets = [(name, key, each.sets[key]) for name, each in evaluations.items() for key in each.sets if key != "all"]
     bars = {

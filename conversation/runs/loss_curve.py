@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conversation.runs.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRAINING_COLOUR, HELD_OUT_COLOUR = "#1f77b4", "#d95f02"
 
 
-def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> None:
-    """Draw training and held-out loss over epochs as a PNG. Its background is opaque white, for any viewer."""
-    import io
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches, with an opaque white background, for any viewer.
 
+    Its settings are matplotlib's own. A matplotlibrc of the user's, or in the working folder, may ask for LaTeX.
+    """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    matplotlib.rcdefaults()
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_loss_curve(metrics: list[dict[str, Any]], loss_on: str, path: Path) -> None:
+    """Draw training and held-out loss over epochs as a PNG."""
+    import io
+
     training = [(entry["epoch"], entry["loss"]) for entry in metrics if "loss" in entry]
     held_out = [(entry["epoch"], entry["eval_loss"]) for entry in metrics if "eval_loss" in entry]
-    figure = Figure(figsize=(8, 4.5), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     if training:
         axes.plot(*zip(*training, strict=True), color=TRAINING_COLOUR, linewidth=1.8, label="training, by window")

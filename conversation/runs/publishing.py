@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from conversation.runs.record import RunRecord, now
 from conversation_config import TRAINING_RUNS
 
 LATEST = "latest"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say; the first is FAT's
 PUBLISHING = ".publishing"  # in attempts/, while a run has its final name but `latest` still points at the previous run
 
 
@@ -115,10 +117,16 @@ def finish_publishing(root: Path) -> None:
 
 
 def _point_latest_at(run: Path) -> None:
-    """Replace the `latest` link beside a run, atomically."""
+    """Replace the `latest` link beside a run, atomically. Where the file system has no links, only say so."""
     link = run.parent / f".{LATEST}.part"
     link.unlink(missing_ok=True)
-    link.symlink_to(run.name)
+    try:
+        link.symlink_to(run.name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        print(f"warning: no link {LATEST}: the file system of {shown(run.parent)} has none", file=sys.stderr)
+        return
     os.replace(link, run.parent / LATEST)
 
 
@@ -145,7 +153,8 @@ def main() -> int:
         raise UserError("there is no attempt to publish", "begin one: ./RETRAIN.sh")
     published = publish(attempt, args.root)
     print(report.summary(published.read()), file=sys.stderr)
-    print(f"Published: {shown(published.path)} (and {shown(args.root)}/{LATEST})")
+    linked = f" (and {shown(args.root)}/{LATEST})" if (args.root / LATEST).exists() else ""
+    print(f"Published: {shown(published.path)}{linked}")
     print(f"Report:    {shown(published.report)}")
     return 0
 

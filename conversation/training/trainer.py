@@ -131,7 +131,7 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
     part = run.checkpoints / ".final_lora.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(str(part), save_embedding_layers=False)
+        model.save_pretrained(str(part))
         (part / "README.md").unlink()  # peft's template; `write_report` writes a card from the record
         replace_folder(part, run.final_lora)
     except Exception as error:

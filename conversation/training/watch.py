@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from conversation.errors import UserError
+from conversation.errors import STOPPING, UserError
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RunFolder
 
@@ -118,16 +118,15 @@ class ExplosionGuard(TrainerCallback):
 
 @contextlib.contextmanager
 def heed_signals(progress: Progress) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and a closed terminal stop the training after the current step."""
+    """Let Ctrl-C and the signals of STOPPING end the training after the current step."""
 
     def note(number: int, frame: Any) -> None:
         if progress.signal is None:
             tqdm.write(f"{signal.Signals(number).name}: saving after this step ...")
         progress.signal = signal.Signals(number)
 
-    heeded = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # SIGHUP: a closed terminal; `nohup` ignores it
-        heeded.append(signal.SIGHUP)
+    numbers = (signal.SIGINT, *STOPPING)
+    heeded = [each for each in numbers if signal.getsignal(each) != signal.SIG_IGN]  # `nohup` ignores SIGHUP
     before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield

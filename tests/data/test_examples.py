@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import pickle
 
 import pytest
 from conftest import INPUTS, TREES
@@ -22,7 +24,7 @@ from conversation.data.examples import (
 from conversation.data.statistics import LengthSummary, count_structure
 from conversation.errors import UserError
 from conversation.format.calls import Example, Prompt
-from conversation_config import DATA_SETS
+from conversation_config import DATA_SETS, path_from_anywhere
 
 
 def test_written_lines_are_the_lines_read(tmp_path, own_examples):
@@ -96,6 +98,13 @@ KINDS = {
     "one JSON object over several lines": lambda lines: json.dumps(json.loads(lines[0]), indent=1).encode(),
     "a conversation tree": lambda lines: next(TREES.glob("*/*.json")).read_bytes(),
     "a conversation tree, on one line": lambda lines: json.dumps({"nodes": {}}).encode(),
+    "JSON over several lines": lambda lines: "\n".join(
+        json.dumps(json.loads(line), indent=2) for line in lines
+    ).encode(),
+    "lzma": lambda lines: lzma.compress("\n".join(lines).encode(), format=lzma.FORMAT_ALONE),
+    "a Python pickle": lambda lines: pickle.dumps(lines, protocol=4),
+    "an Arrow file": lambda lines: b"ARROW1\0\0" + "\n".join(lines).encode(),
+    "a web page": lambda lines: b"<!doctype html>\n<html>\n",
     "a Git LFS pointer": lambda lines: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
 }
 
@@ -110,6 +119,17 @@ def test_a_file_of_another_kind_is_recognised_as_what_it_is(tmp_path, real_lines
     expected = expected.removesuffix(" without a mark").removesuffix(", big end first")
     assert f"this is {expected}" in str(caught.value) and str(path) in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "shift_jis", "gb18030"])
+def test_lines_in_another_encoding_are_said_to_need_another(tmp_path, real_lines, encoding):
+    text = "\u5916" if encoding != "cp1252" else "\u00e9"
+    lines = [json.dumps({**json.loads(line), "note": text}, ensure_ascii=False) for line in real_lines[:2]]
+    plain = [line.encode("ascii", "replace").decode() for line in lines]
+    (tmp_path / "data.jsonl").write_bytes("\n".join([*plain, *lines]).encode(encoding, "replace"))
+    with pytest.raises(UserError, match=r"2 of 4 lines cannot be used:\n.*:3: not UTF-8: byte") as caught:
+        read_jsonl(tmp_path / "data.jsonl")
+    assert "convert the file to UTF-8: iconv" in caught.value.hint
 
 
 def test_line_ends_of_an_old_mac_are_recognised(tmp_path, real_lines):
@@ -135,6 +155,17 @@ def test_missing_empty_and_unreadable_data(tmp_path):
         read_training_data(tmp_path / "empty.jsonl")
     with pytest.raises(UserError, match="--domains needs"):
         read_training_data(tmp_path / "empty.jsonl", ("systems",))
+
+
+def test_a_pipe_is_refused_before_anyone_waits_for_it(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe or a device") as caught:
+        read_training_data(tmp_path / "pipe")
+    assert "save the data in a file" in caught.value.hint
+    monkeypatch.chdir(tmp_path)
+    reading, writing = os.pipe()
+    with os.fdopen(reading), os.fdopen(writing):
+        assert path_from_anywhere(f"/dev/fd/{reading}") == f"/dev/fd/{reading}"  # as a shell's <(...)
 
 
 def test_held_out_trees_are_whole_and_about_a_tenth(own_examples):

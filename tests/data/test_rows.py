@@ -144,6 +144,16 @@ def test_a_data_set_that_cannot_be_had_is_refused_in_one_sentence():
     assert caught.value.exit_status == 2 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name, value", [("ALL_PROXY", "socks://127.0.0.1:1080"), ("HF_ENDPOINT", "nonsense")])
+def test_whatever_keeps_a_data_set_from_being_had_is_named(tmp_path, name, value):
+    plain = {each: text for each, text in os.environ.items() if not each.startswith("HF_")}
+    settings = {**plain, "HF_HOME": str(tmp_path / "home"), name: value}
+    command = [sys.executable, "-c", READ_AND_COUNT, "some/thing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=settings)
+    assert done.stdout.startswith("there is no file or folder some/thing, and no data set of that name"), done.stderr
+    assert f"{name}={value}" in done.stdout and "network and what is set" in done.stdout
+
+
 def test_a_name_is_a_data_set_a_path_or_neither(tmp_path):
     assert named_data_set("owner/name") == ("owner/name", "train")
     assert named_data_set("owner/name:test") == ("owner/name", "test")

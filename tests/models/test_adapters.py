@@ -1,6 +1,7 @@
 """Our LoRA layer against peft's: the same numbers and files. Gradients in a whole model: test_shared_prefix.py."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -112,3 +113,20 @@ def test_the_saved_adapters_are_ordinary_ones(tiny_folder, tmp_path):
     assert all(torch.equal(ours[name], peft[name]) for name in ours)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model.eval()(ids).logits, loaded(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_adapters_are_adapters_alone_and_no_hub_is_asked_for_the_base(tmp_path, tiny_folder, monkeypatch):
+    """Each checkpoint is saved like this: without a network, and where the copy of a base has a larger vocabulary."""
+
+    def asked(*arguments):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    smaller = tmp_path / "smaller"
+    smaller.mkdir()
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (smaller / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 9}))
+    for name in ("some/model", str(smaller)):
+        model = add_adapters(load_model(tiny_folder), TrainingConfig(base_model=name))
+        model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict(), is_main_process=True)
+        assert all("lora_" in tensor for tensor in load_file(tmp_path / "saved" / "adapter_model.safetensors"))

@@ -1,11 +1,13 @@
 """Base models: a hub cache on disk, local folders, models without the tokens, and the error for a missing model."""
 
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import current_umask, easy_lines, lay_into_hub_cache, make_tiny_model, run_script
+from conftest import current_umask, easy_lines, lay_into_hub_cache, make_tiny_model, run_script, some_adapters
 from safetensors.torch import load_file, save_file
 
 from conversation.errors import UserError
@@ -74,6 +76,45 @@ def test_tied_embeddings_that_differ_on_disk_are_refused(tmp_path, tiny_folder):
     save_file({**tensors, "lm_head.weight": tensors[name] + 1}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"ties its embeddings in config.json, but its weights contain two that differ"):
         base_models.find_base_model(str(folder))
+
+
+def test_only_the_weights_that_the_library_loads_are_those_of_a_base(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    save_file({"other": load_file(folder / "model.safetensors")["model.norm.weight"]}, folder / "model_ema.safetensors")
+    assert base_models.find_base_model(str(folder)) == folder
+    assert weights.weight_files(folder) == [folder / "model.safetensors"]
+    assert weights.weights_hash(folder) == weights.weights_hash(tiny_folder)
+    assert weights.fp32_bytes(folder) == weights.fp32_bytes(tiny_folder)
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": "b.safetensors"}}))
+    assert weights.weight_files(folder) == [folder / "b.safetensors"]
+
+
+def test_weights_of_another_name_and_files_that_cannot_be_read_are_refused_before_a_training(
+    tmp_path, tiny_folder, monkeypatch
+):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model.safetensors")  # root may read all
+    with pytest.raises(UserError) as refused:
+        base_models.find_base_model(str(folder))
+    assert "it names another file of weights in config.json: transformers_weights" in str(refused.value)
+    assert "it has files that cannot be read: model.safetensors" in str(refused.value)
+
+
+def test_what_no_training_takes_is_not_copied_by_hand_either(tmp_path, tiny_folder, monkeypatch):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    some_adapters(tmp_path / "adapters", base, 0.1)
+    shutil.copy(tmp_path / "adapters" / "adapter_model.safetensors", base)
+    for source, words in ((base, "contains adapters: adapter_model.safetensors"), (tmp_path / "no", "there is no mod")):
+        monkeypatch.setattr(sys, "argv", ["new_tokens", str(source), str(tmp_path / "new")])
+        with pytest.raises(UserError, match=words):
+            new_tokens.main()
+    monkeypatch.setattr(sys, "argv", ["new_tokens", str(tiny_folder), str(tmp_path / "far" / "new")])
+    with pytest.raises(UserError, match="there is no folder"):
+        new_tokens.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "base"]
 
 
 def test_an_id_for_which_the_model_has_no_embedding_is_refused_and_padding_rows_are_not(tmp_path, tiny_folder):

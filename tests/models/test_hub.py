@@ -84,7 +84,10 @@ def test_a_model_that_is_not_whole_in_the_cache_is_asked_for(tmp_path):
 def test_a_setting_with_which_the_client_cannot_be_loaded_is_named(tmp_path):
     done = run_script("train_conversation.py", "--check_data", env={"HF_HUB_ETAG_TIMEOUT": "soon"}, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "error: the hub's client cannot be loaded" in done.stderr and "HF_HUB_ETAG_TIMEOUT=soon" in done.stderr
+    assert (
+        "error: the library huggingface_hub cannot be loaded" in done.stderr
+        and "HF_HUB_ETAG_TIMEOUT=soon" in done.stderr
+    )
 
 
 def test_a_hub_that_never_answers_is_given_up(tmp_path, monkeypatch):
@@ -97,6 +100,7 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path, monkeypatch):
 def test_passwords_and_tokens_are_not_shown():
     shown = hub_settings({"HTTPS_PROXY": "http://me:secret@proxy:1", "HF_TOKEN": "hf_x", "HOME": "/", "HF_HOME": ""})
     assert shown == ["HF_TOKEN=...", "HTTPS_PROXY=http://...@proxy:1"]
+    assert hub_settings({f"HF_{name}_DISABLE_PROGRESS_BARS": "1" for name in ("HUB", "DATASETS")}) == []  # ours
 
 
 def test_whatever_the_client_raises_is_one_sentence(monkeypatch):
@@ -111,6 +115,18 @@ def test_whatever_the_client_raises_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"cannot be reached: of \(Unheard\); set here: .*HF_HUB_OFFLINE=1"):
         hub.from_hub("some/model")
+
+
+def test_a_cache_that_cannot_be_written_is_not_taken_for_a_hub_that_cannot_be_reached(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "/root/.cache/huggingface/token")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"cache: Permission denied: /root/.cache/huggingface/token") as refused:
+        hub.from_hub("some/model")
+    assert refused.value.hint == "set HF_HOME to a folder that can be written"
 
 
 def test_a_licence_that_is_not_accepted_is_said_with_what_to_do(monkeypatch):

@@ -29,7 +29,7 @@ def adapters(tmp_path_factory, tiny_folder):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -52,6 +52,16 @@ def test_the_merged_model_says_what_base_and_adapters_say(merged, tiny_folder, a
         found = load_model(output)(ids).logits
     assert torch.allclose(found, with_adapters, atol=1e-4)
     assert (with_adapters - plain).abs().max() > 0.1
+
+
+def test_other_weights_beside_those_of_the_base_do_not_get_into_the_merged_model(
+    merged, tiny_folder, adapters, tmp_path
+):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    doubled = {name: 2 * tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(doubled, base / "model_ema.safetensors", {"format": "pt"})
+    result = merging.merge(base, adapters, tmp_path / "merged", PROMPTS, {})
+    assert result.files["model.safetensors"] == merged[1].files["model.safetensors"]
 
 
 def test_the_merge_gives_the_numbers_of_peft_in_one_file_or_in_shards(

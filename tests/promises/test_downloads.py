@@ -52,6 +52,19 @@ def test_two_processes_that_prepare_it_at_once_convert_it_once(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_whole_one_in_a_cache_that_cannot_be_written_is_used(tmp_path, monkeypatch):
+    folder = stand_in.prepare_stand_in(tmp_path)
+
+    def refuse(*arguments):
+        raise UserError("cannot write: Read-only file system")
+
+    monkeypatch.setattr(model_cache, "_waiting_lock", refuse)
+    assert stand_in.prepare_stand_in(tmp_path) == folder
+    (folder / FILES[0]).write_bytes(b"changed")
+    with pytest.raises(UserError, match="Read-only"):
+        stand_in.prepare_stand_in(tmp_path)
+
+
 @pytest.mark.parametrize("seconds", [0.05, 0.2, 0.35, 0.5])
 def test_a_conversion_cut_at_any_moment_is_not_taken_for_a_whole_one(tmp_path, seconds):
     process = fork(prepare, tmp_path)

@@ -94,7 +94,7 @@ def test_training_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_befor
     assert adapters(run) == adapters(untouched)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_loses_nothing(tmp_path, flags, untouched, number, status):
     run = tmp_path / "run"
     # no checkpoint would come by itself

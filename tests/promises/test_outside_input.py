@@ -20,7 +20,7 @@ import conversation_config
 from conversation.data import strict_json
 from conversation.data.examples import parse_line, read_jsonl, to_jsonl
 from conversation.data.trees import TreeError, parse_tree
-from conversation.errors import UserError
+from conversation.errors import STOPPING, UserError
 from conversation.format.control_tokens import CONTROL_TOKENS
 from conversation.format.parser import FormatError, parse_answer, parse_example
 
@@ -203,7 +203,7 @@ VALUES = st.sampled_from(
 def output_of(script: str, *arguments: str) -> tuple[int, str]:
     """Exit status and output of a script, run in this process."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in STOPPING}
     sys.argv = [str(PROJECT / script), *arguments]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

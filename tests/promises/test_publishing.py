@@ -1,5 +1,6 @@
 """Promise: publishing is atomic; published runs stay; no reader sees half a folder under a final name."""
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -40,6 +41,20 @@ def killed_at(number: int, work) -> bool:
 def quick_reports(monkeypatch):
     """The report's text and curve are tested elsewhere."""
     monkeypatch.setattr(report, "draw_loss_curve", lambda *arguments: files.write_atomically(arguments[2], b"png"))
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_run_is_published_where_the_file_system_has_no_links(tmp_path, monkeypatch, capsys, number):
+    attempt = finished_attempt(tmp_path)
+
+    def refuse(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    run = publishing.publish(attempt, tmp_path)
+    assert is_whole(run.path) and newest_run(tmp_path).path == run.path
+    assert f"warning: no link latest: the file system of {tmp_path} has none" in capsys.readouterr().err
+    assert not (tmp_path / "attempts" / publishing.PUBLISHING).exists()
 
 
 def is_whole(path) -> bool:

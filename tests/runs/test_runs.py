@@ -15,10 +15,21 @@ from records import finished_attempt, some_record
 from conversation.errors import UserError
 from conversation.runs import console, files, folder, lock, machine, publishing, report
 from conversation.runs.folder import RunFolder
+from conversation.runs.loss_curve import draw_loss_curve
 from conversation.runs.record import AnswersReport, AskedQuestion, RunRecord, _hash
 
 LOCK = "import sys; from pathlib import Path; from conversation.runs.lock import locked_folder\n"
 LOCK += "with locked_folder(Path(sys.argv[1])): "
+
+
+def test_a_plot_has_the_settings_of_matplotlib_whatever_the_user_has(tmp_path):
+    import matplotlib
+
+    metrics = [{"epoch": 0.0, "eval_loss": 2.0}, {"epoch": 1.0, "loss": 1.5}, {"epoch": 1.0, "eval_loss": 1.0}]
+    for settings in ({}, {"text.usetex": True, "font.family": "nonsense", "savefig.transparent": True}):
+        with matplotlib.rc_context(settings):
+            draw_loss_curve(metrics, "completion", tmp_path / f"{len(settings)}.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "3.png").read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_leftover(tmp_path, monkeypatch):

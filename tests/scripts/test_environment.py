@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from conftest import PROJECT
@@ -44,6 +45,25 @@ def test_it_is_made_again_when_the_requirements_change_or_an_installation_was_cu
     failing = prepare()
     assert failing.wait() != 0 and "could not be installed" in failing.stderr.read()
     assert prepare().wait() != 0  # what failed is not taken for done
+
+
+def test_a_setting_of_pip_that_installs_elsewhere_is_found_before_anything_is_missing(prepare, tmp_path):
+    information = "tinypackage-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "tinypackage-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tinypackage.py", "")
+        wheel.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: tinypackage\nVersion: 1.0\n")
+        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{information}/RECORD", "")
+    (tmp_path / "requirements.txt").write_text("# one\ntinypackage==1.0\n")
+    (tmp_path / "pip.conf").write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\n")
+    process = prepare(PIP_FIND_LINKS=str(tmp_path), PIP_CONFIG_FILE=str(tmp_path / "pip.conf"))
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2 and "error: pip did not install the packages of requirements.txt" in errors
+    assert not (tmp_path / ".venv" / "requirements.txt.cksum").exists()
+    process = prepare(PIP_FIND_LINKS=str(tmp_path), PIP_TARGET=str(tmp_path / "elsewhere"), PIP_NO_DEPS="1")
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    subprocess.run([out.strip(), "-c", "import tinypackage"], check=True)
 
 
 def test_files_that_are_there_already_are_written_whatever_the_shells_options(prepare, tmp_path):

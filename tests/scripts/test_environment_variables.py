@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, easy_lines, run_script
+from conftest import PROJECT, easy_lines, lay_into_hub_cache, run_script
 
 from conversation import environment
 from conversation.data.examples import to_jsonl
@@ -99,6 +99,19 @@ def test_the_cache_is_where_a_variable_says_or_one_sentence_names_both(monkeypat
             cache_folder()
 
 
+def test_a_home_that_this_user_may_not_look_at_is_none(monkeypatch):
+    """Left over from another user: `sudo -u`, a container with another uid."""
+
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setenv("HOME", "/root/somewhere")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="HOME is not a folder, and XDG_CACHE_HOME is"):
+        patch.setattr(os, "stat", refuse)
+        cache_folder()
+
+
 @pytest.mark.parametrize("script", ["train_conversation.py", "evaluate_conversation_model.py"])
 def test_a_refusal_of_a_script_is_one_sentence_with_status_2_and_leaves_nothing(script, tmp_path):
     done = run_script(script, cwd=tmp_path, env={"WORLD_SIZE": "two"})
@@ -163,6 +176,49 @@ def test_a_warning_of_a_library_is_not_an_error(tmp_path):
         assert done.returncode == 0 and "UserWarning: of a library" in done.stderr, done.stderr
 
 
+LIBRARIES = {
+    "somelib": 'import os\nWAIT = float(os.environ.get("SOMELIB_WAIT", 1))\nassert not os.environ.get("SOMELIB_OFF")\n',
+    "needslib": "from somelib import nothing\n",
+    "latelib": "try:\n    import somelib\nexcept Exception as error:\n    raise RuntimeError('above') from error\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "variables", "said"),
+    [
+        ("somelib", {"SOMELIB_WAIT": "soon"}, "cannot be loaded: could not convert string to float: 'soon'"),
+        ("latelib", {"SOMELIB_WAIT": "soon"}, "cannot be loaded: could not convert string to float: 'soon'"),
+        ("needslib", {"PYTHONPATH": "/nowhere"}, "cannot be loaded: cannot import name 'nothing' from 'somelib' ("),
+        ("somelib", {"SOMELIB_OFF": "1"}, "cannot be loaded: AssertionError"),
+        ("tqdm", {"TQDM_MININTERVAL": "soon"}, "cannot be loaded: could not convert string to float: 'soon'"),
+    ],
+)
+def test_a_variable_with_which_a_library_cannot_be_loaded_is_named(tmp_path, library, variables, said):
+    for name, text in LIBRARIES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "script.py").write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom conversation.errors import run_main\n"
+        f"run_main(lambda: __import__('{library}') and 0)"
+    )
+    command = [sys.executable, str(tmp_path / "script.py"), str(PROJECT)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    ((name, value),) = variables.items()
+    at_fault = library.replace("latelib", "somelib")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: the library {at_fault} {said}")
+    assert done.stderr.endswith(f"; set here: {name}={value}\nhint: correct or unset it\n")
+
+
+def test_a_defect_of_ours_keeps_its_traceback_whatever_is_loaded(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom conversation.errors import run_main\n"
+        "run_main(lambda: int('x'))"
+    )
+    command = [sys.executable, str(tmp_path / "script.py"), str(PROJECT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr, done.stderr
+
+
 def test_an_interactive_python_ends_like_any_other(tmp_path):
     done = run_script("merge_conversation_model.py", "--nonsense", cwd=tmp_path, env={"PYTHONINSPECT": "1"})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
@@ -208,14 +264,21 @@ def test_the_path_of_an_attempt_does_not_go_through_the_encoding_of_a_terminal(t
 
 
 def test_a_training_in_a_strange_environment_is_a_whole_run(tmp_path, tiny_folder):
-    """RANK left over, no home, no locale, warnings as errors: the run folder is complete, and nothing else is left."""
+    """RANK left over, no home, no locale, warnings as errors, a cached base of the hub: the run folder is complete,
+    nothing else is left, and no other machine was asked."""
     home = tmp_path / "Prüfung 日本"
     home.mkdir()
     (home / "daten.jsonl").write_bytes(to_jsonl(easy_lines()))
     variables = {**without_home(tmp_path / "site"), "RANK": "1", "LOCAL_RANK": "1", "PYTHONSAFEPATH": "1"}
     variables |= {"PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2", "PYTHONUTF8": "0", "LC_ALL": "C"}
     variables |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "nonsense"}
-    command = [sys.executable, str(PROJECT / "train_conversation.py"), "--base_model", str(tiny_folder)]
+    lay_into_hub_cache(tmp_path / "cache", tiny_folder)
+    variables = {name: value for name, value in variables.items() if not name.startswith("HF_")}
+    variables["HF_HOME"] = str(tmp_path / "cache")
+    with open(tmp_path / "site" / "sitecustomize.py", "a") as file:
+        file.write(f"import socket\ndef asked(*place, **options):\n    open({str(tmp_path / 'asked')!r}, 'a').write")
+        file.write("(f'{place}')\n    raise OSError('no network')\nsocket.getaddrinfo = asked\n")
+    command = [sys.executable, str(PROJECT / "train_conversation.py")]
     flags = [
         "--training_data",
         str(home / "daten.jsonl"),
@@ -230,6 +293,7 @@ def test_a_training_in_a_strange_environment_is_a_whole_run(tmp_path, tiny_folde
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "warning: RANK=1 and LOCAL_RANK=1 ignored: WORLD_SIZE is not set, so this is one process" in done.stderr
     assert sorted(path.name for path in home.iterdir()) == ["daten.jsonl", "läuft"]
+    assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
     run = RunFolder(home / "läuft")
     assert run.read().training.steps == 2 and run.read().data.source == str(home / "daten.jsonl")
     assert run.training_data.exists() and "Prüfung 日本" in run.report.read_text(encoding="utf-8")

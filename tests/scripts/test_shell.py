@@ -9,8 +9,10 @@ A run has a python that only writes down how it was called, so that all six stag
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import PROJECT
@@ -122,7 +124,14 @@ def checkout(tmp_path):
         (["sh"], {}),
         ([], {"BASH_COMPAT": "3.2"}),
         ([], {"POSIXLY_CORRECT": "1"}),
-        ([], {"SHELLOPTS": "noclobber"}),
+        ([], {"SHELLOPTS": "noclobber:keyword"}),
+        ([], {"BASH_FUNC_cd%%": '() { builtin cd "$@" && echo "now in $PWD"\n}'}),
+        (
+            [],
+            dict.fromkeys(
+                "name types number child stopped device project python attempt before refused link".split(), "1"
+            ),
+        ),
         ([], {"LC_ALL": "C"}),
         ([], {"CDPATH": "/tmp:/:."}),
     ],
@@ -155,6 +164,38 @@ def test_with_export_there_is_a_stage_more_and_its_flag_does_not_reach_the_train
         assert export.endswith(f"--run_dir {checkout.attempt} --type q8_0,f16 --resume")
         (training,) = [call for call in calls if "train_conversation" in call]
         assert training.endswith(" ".join(["train_conversation.py --attempt", *before, *after]))
+
+
+SHELLS = ["dash", "posh", "mksh", "ksh", "yash", "zsh", "busybox"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_any_shell_hands_a_script_to_bash(checkout, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell}")
+    command = [shell, "sh"] if shell == "busybox" else [shell]
+    checkout.check(checkout.run(*command, "RETRAIN.sh"))
+    for script in SCRIPTS:
+        if not script.startswith("scripts/"):  # those are sourced
+            first = next(line for line in code_of(script) if line.strip())
+            assert first == 'case "${BASH_VERSION:+$-}" in *p*) ;; *) exec bash -p "$0" "$@" ;; esac', script
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1", "USR2", "XCPU"])
+def test_a_signal_to_retrain_reaches_its_script_and_no_further_stage_begins(checkout, name):
+    number = signal.Signals[f"SIG{name}"]
+    python = checkout.folder / ".venv" / "bin" / "python"
+    waits = f"trap 'kill $!; exit {128 + number}' {name}; sleep 20 & : >\"$CALLS.waits\"; wait ;;"
+    python.write_text(FAKE_PYTHON.replace('mkdir -p "$ATTEMPT" ;;', f'mkdir -p "$ATTEMPT"; {waits}'))
+    environment = {**os.environ, "CALLS": str(checkout.calls), "ATTEMPT": str(checkout.attempt)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["./RETRAIN.sh"], cwd=checkout.folder, env=environment, **streams)
+    while process.poll() is None and not checkout.calls.with_suffix(".waits").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "[2/6] Train" in out and "Merge" not in out
 
 
 def test_a_refused_export_is_published_all_the_same_and_a_wrong_type_stops_before_the_training(checkout):
