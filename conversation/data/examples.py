@@ -13,10 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conversation.data import strict_json
-from conversation.data.rows import FORMS, named_data_set, parse_row, read_data_set, read_parquet
+from conversation.data.rows import (
+    FORMS,
+    DataSet,
+    OtherColumns,
+    is_data_set_folder,
+    named_data_set,
+    other_columns,
+    parse_row,
+    read_data_set,
+    read_parquet,
+)
 from conversation.data.trees import Tree, read_listed_trees, read_trees
 from conversation.errors import UnusableData, UserError, list_problems
+from conversation.format import strict_json
 from conversation.format.calls import Example
 
 
@@ -39,13 +49,15 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if kind := strict_json.recognise(data) or _kind_of_text(data):
+    table = "a table of texts: write it as JSONL or Parquet" if path.suffix.lower() in (".csv", ".tsv") else None
+    if kind := strict_json.recognise(data) or (table and f"this is {table}") or _kind_of_text(data):
         raise UserError(f"{path}: {kind}", "training data is UTF-8 with one JSON object a line: data/README.md")
     lines = data.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     examples: list[tuple[str, Example]] = []
     problems = []
+    others: list[OtherColumns] = []
     for number, line in enumerate(lines, 1):
         try:
             text = strict_json.decode_utf8(line) if number == 1 else line.decode("utf-8")
@@ -56,6 +68,9 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
             problems.append(f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
+            others += [error] if isinstance(error, OtherColumns) else []
+    if others and len(others) == len(lines):
+        raise other_columns(str(path), {column for error in others for column in error.columns})
     if problems:
         message = f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}"
         raise UnusableData(message, FORMS, problems, examples)
@@ -74,6 +89,8 @@ def _kind_of_text(data: bytes) -> str | None:
     try:
         value = strict_json.loads(strict_json.decode_utf8(data))
     except strict_json.JsonError as error:
+        if data.lstrip().split(b"\n")[0].strip() == b"{" and data.rstrip().endswith(b"}"):
+            return "this is JSON objects over several lines each: write each on one line, as jq -c . does"
         broken = start == b"[" and data.lstrip().split(b"\n")[0].strip() == b"["
         return f"this is one JSON array, and a broken one: {error}" if broken else None
     if isinstance(value, list):
@@ -117,12 +134,13 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
     data = TrainingData()
     for path in [paths] if isinstance(paths, Path) else paths:
         data_set = None if path.exists() else named_data_set(str(path))
+        if path.is_dir() and is_data_set_folder(path):
+            data_set = DataSet(str(path))
         if not path.exists() and not data_set:
             problem = f"there is no training data at {path}"
-            raise UserError(
-                problem, "--training_data takes a tree folder, a JSONL or Parquet file, or a data set's name"
-            )
-        holds_trees = path.is_dir() or path.suffix == ".txt"
+            takes = "a tree folder, a JSONL or Parquet file, or a data set of the hub as owner/name:split"
+            raise UserError(problem, f"--training_data takes {takes}")
+        holds_trees = (path.is_dir() and not data_set) or path.suffix == ".txt"
         if domains and not holds_trees:
             raise UserError("--domains needs a folder of conversation trees", f"{path} is none")
         trees: list[Tree] = []
@@ -132,9 +150,9 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
             if holds_trees:
                 trees = read_trees(path, domains) if path.is_dir() else read_listed_trees(path, domains)
             elif data_set:
-                rows = read_data_set(*data_set)
+                rows = read_data_set(data_set)
             else:
-                rows = read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
+                rows = read_parquet(path) if path.suffix.lower() == ".parquet" else _read_lines(path)
         except UnusableData as error:
             data.unusable.append(error)
             trees, rows = (error.usable, []) if holds_trees else ([], error.usable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from conversation.format.calls import INSTRUCTION, TIMESTAMP, Example
@@ -77,5 +78,16 @@ def _as_number(confidence: str) -> float | str:
 
 
 def as_text(confidence: float) -> str:
-    """A confidence as the training data writes it, with two decimals; with more if it has more."""
+    """A confidence as the training data writes it, with two decimals; with more if it has more.
+
+    Of a number that 32 bits hold, as a table's column may have it, the shortest text that means it: 0.57, not
+    0.5699999928474426.
+    """
+    if len(repr(confidence)) > 15 and _in_32_bits(confidence) == confidence:
+        shorter = (float(f"{confidence:.{digits}g}") for digits in range(1, 10))  # nine digits tell any from any other
+        confidence = next(number for number in shorter if _in_32_bits(number) == confidence)
     return f"{confidence:.2f}" if round(confidence, 2) == confidence else repr(confidence)
+
+
+def _in_32_bits(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]

@@ -94,6 +94,10 @@ KINDS = {
     "one JSON array of 3, indented": lambda lines: as_array(lines, indent=1),
     "one JSON array, and a broken one": lambda lines: as_array(lines, indent=1)[:-2],
     "one JSON object over several lines": lambda lines: json.dumps(json.loads(lines[0]), indent=1).encode(),
+    "JSON objects over several lines each": lambda lines: "\n".join(
+        json.dumps(json.loads(line), indent=1) for line in lines
+    ).encode(),
+    "an Arrow file": lambda lines: b"ARROW1\0\0",
     "a conversation tree": lambda lines: next(TREES.glob("*/*.json")).read_bytes(),
     "a conversation tree, on one line": lambda lines: json.dumps({"nodes": {}}).encode(),
     "a Git LFS pointer": lambda lines: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
@@ -110,6 +114,12 @@ def test_a_file_of_another_kind_is_recognised_as_what_it_is(tmp_path, real_lines
     expected = expected.removesuffix(" without a mark").removesuffix(", big end first")
     assert f"this is {expected}" in str(caught.value) and str(path) in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_a_table_of_texts_is_recognised_by_its_name(tmp_path):
+    (tmp_path / "data.csv").write_text('messages,tools\n"[]","[]"\n')
+    with pytest.raises(UserError, match=r"data\.csv: this is a table of texts"):
+        read_jsonl(tmp_path / "data.csv")
 
 
 def test_line_ends_of_an_old_mac_are_recognised(tmp_path, real_lines):

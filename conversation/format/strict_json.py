@@ -22,7 +22,8 @@ def loads(text: str) -> Any:
     except JsonError:
         raise
     except json.JSONDecodeError as error:
-        raise JsonError(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise JsonError(f"not JSON: {error.msg} ({line}column {error.colno})") from None
     except RecursionError:
         raise JsonError("not readable: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
@@ -38,6 +39,7 @@ _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "zstd: unpack it with unzstd",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"ARROW1": "an Arrow file: write it as Parquet",
     b"PAR1": "Parquet: its name must end in .parquet",
     b"SQLite format 3": "an SQLite database: export it as JSONL",
     b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it with git lfs pull",
