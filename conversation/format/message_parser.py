@@ -164,7 +164,8 @@ def _history(messages: Sequence[Message]) -> Iterator[Utterance]:
             raise FieldError(turn[0].place, "neither content nor a call of add_text")
         for place, text in texts:
             if "\n" in text:
-                raise FieldError(place, "a line break in the conversation history")
+                problem = "a line break in the conversation history: give each line a message or a call of its own"
+                raise FieldError(place, problem)
             yield Utterance("User" if role == "user" else "AI", text)
 
 

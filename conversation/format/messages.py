@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any
 
@@ -61,6 +62,23 @@ def to_row(example: Example) -> dict[str, Any]:
     ]
     messages += [{"role": "user", "content": example.prompt.question}, _assistant(calls)]
     return {"messages": messages, "tools": TOOLS}
+
+
+def to_sharegpt_row(example: Example) -> dict[str, str | list[dict[str, str]]]:
+    """The same in ShareGPT's form as LLaMA-Factory has it: the calls of a message are the JSON text of a list.
+
+    It is of texts alone, so that any version of `datasets` reads it as it is.
+    """
+    system, turns = "", []
+    for message in to_row(example)["messages"]:
+        if message["role"] == "system":
+            system = message["content"]
+        elif message["role"] == "user":
+            turns.append({"from": "human", "value": message["content"]})
+        else:
+            calls = [call["function"] for call in message["tool_calls"]]
+            turns.append({"from": "function_call", "value": json.dumps(calls, ensure_ascii=False)})
+    return {"conversations": turns, "system": system, "tools": json.dumps([tool["function"] for tool in TOOLS])}
 
 
 def _assistant(calls: list[dict[str, Any]]) -> dict[str, Any]:

@@ -130,7 +130,9 @@ def the_same_keys_in_all_messages(value):
 
 def as_llama_factory(value):
     functions = answer_of(value)
-    past = [{"from": "function_call", "value": json.dumps([c["function"] for c in value["messages"][1]["tool_calls"]])}]
+    past = [
+        {"from": "function_call", "value": json.dumps(call["function"])} for call in value["messages"][1]["tool_calls"]
+    ]
     texts = [{"from": "human", "value": value["messages"][i]["content"]} for i in (0, 2)]
     last = {"from": "function_call", "value": json.dumps(functions)}
     observed = {"from": "observation", "value": "ok"}
