@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from conversation.data.rows import (
     FORMS,
@@ -23,19 +24,25 @@ from conversation.data.rows import (
     parse_row,
     read_data_set,
     read_parquet,
+    tell_of_earlier_answers,
 )
 from conversation.data.trees import Tree, read_listed_trees, read_trees
 from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format import strict_json
 from conversation.format.calls import Example
+from conversation.format.message_parser import earlier_answers
 
 
 def parse_line(line: str) -> Example:
     """Read one line of a JSONL file. Raises ValueError that says what is wrong with it."""
+    return parse_row(_object(line))
+
+
+def _object(line: str) -> dict[str, Any]:
     value = strict_json.loads(line)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    return parse_row(value)
+    return value
 
 
 def read_jsonl(path: Path) -> list[Example]:
@@ -58,12 +65,14 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
     examples: list[tuple[str, Example]] = []
     problems = []
     others: list[OtherColumns] = []
+    earlier = 0
     for number, line in enumerate(lines, 1):
         try:
             text = strict_json.decode_utf8(line) if number == 1 else line.decode("utf-8")
             if not text.strip():
                 raise ValueError("the line is empty")
-            examples.append((f"{path}:{number}", parse_line(text)))
+            examples.append((f"{path}:{number}", parse_row(row := _object(text))))
+            earlier += earlier_answers(row)
         except UnicodeDecodeError as error:
             problems.append(f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
         except ValueError as error:
@@ -76,6 +85,7 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
         raise UnusableData(message, FORMS, problems, examples)
     if not examples:
         raise UserError(f"{path} contains no training example")
+    tell_of_earlier_answers(str(path), earlier)
     return examples
 
 

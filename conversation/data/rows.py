@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from conversation.data.exact_json import exact_json
 from conversation.data.hub_client import cause, limit_waiting, what_is_set
 from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format.calls import Example
-from conversation.format.message_parser import CHATS, from_row, is_row
+from conversation.format.message_parser import CHATS, earlier_answers, from_row, is_row
 from conversation.format.parser import FormatError, parse_example
 from conversation_config import cache_folder, folder_and_rest
 
@@ -145,9 +146,11 @@ def other_columns(shown: str, columns: Iterable[str]) -> UserError:
 def _examples(shown: str, rows: Iterable[Any]) -> list[tuple[str, Example]]:
     examples: list[tuple[str, Example]] = []
     problems: list[str] = []
+    earlier = 0
     for number, row in enumerate(rows, 1):
         try:
             examples.append((f"{shown}, row {number}", parse_row(row)))
+            earlier += earlier_answers(row)
         except ValueError as error:
             problems.append(f"{shown}, row {number}: {error}")
     if problems:
@@ -156,7 +159,15 @@ def _examples(shown: str, rows: Iterable[Any]) -> list[tuple[str, Example]]:
         raise UnusableData(message, FORMS, problems, examples)
     if not examples:
         raise UserError(f"{shown} contains no training example")
+    tell_of_earlier_answers(shown, earlier)
     return examples
+
+
+def tell_of_earlier_answers(shown: str, count: int) -> None:
+    """Say that answers are not trained on which other trainers might train on, too."""
+    if count:
+        rule = "a row is one example, and only its last answer is trained on"
+        print(f"{shown}: answers that are only history: {count}; {rule}", file=sys.stderr)
 
 
 def _cannot_read(shown: str, error: Exception) -> UserError:

@@ -72,6 +72,17 @@ def from_row(value: dict[str, Any]) -> Example:
         raise FieldError(question.content_place, str(error)) from None
 
 
+def earlier_answers(value: dict[str, Any]) -> int:
+    """How many answers with follow-ups stand before the last question of a row that `from_row` has read.
+
+    They are history there: a row is one example, and its last answer is what is trained.
+    """
+    if value.get("text") is not None or not is_row(value):
+        return 0
+    before, _ = _turns(without_none({key: value[key] for key in ROW_KEYS if key in value}))
+    return sum(any(call.name == "add_choice" for call in message.calls) for message in before)
+
+
 def _turns(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     """The messages up to the last question, which is the last of them, and those after it."""
     chats = [key for key in CHATS if key in row]

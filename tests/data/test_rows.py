@@ -61,6 +61,18 @@ def test_every_bad_line_of_messages_is_listed_with_field_and_reason(tmp_path, ro
     assert problems[3].strip().startswith(f"{path}:5: messages[0].content: a system message has no place")
 
 
+def test_answers_that_are_only_history_are_told_of(tmp_path, rows, capsys):
+    """TRL would train on each answer of a row. Here the follow-ups of an earlier one are left out."""
+    question, answer = rows[0]["messages"][-2:]
+    longer = [{"messages": [question, answer, question, answer]}, rows[0], rows[2]]
+    table = write_parquet(tmp_path / "data.parquet", longer)
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("\n".join(map(json.dumps, longer)))
+    for path in (table, lines):
+        assert [len(example.prompt.history) for example in read_training_data(path)] == [2, 0, 3]
+        assert f"{path}: answers that are only history: 1; a row is one example" in capsys.readouterr().err
+
+
 def test_parquet_gives_the_examples_that_jsonl_gives(tmp_path, rows):
     path = write_parquet(tmp_path / "data.parquet", rows)
     assert read_training_data(path) == easy_lines()[:6]
@@ -95,6 +107,8 @@ def test_texts_beside_messages_are_refused_and_an_empty_column_of_texts_is_none(
     path = write_parquet(tmp_path / "data.parquet", [{**row, "text": None} for row in rows[:1]])
     assert read_training_data(path) == easy_lines()[:1]
     lines = tmp_path / "data.jsonl"
+    lines.write_text(json.dumps({"text": easy_lines()[0].text, "prompt": "another column"}))
+    assert read_training_data(lines) == easy_lines()[:1]
     lines.write_text(json.dumps({**rows[0], "text": easy_lines()[0].text}))
     with pytest.raises(UserError, match="1: `text` beside `messages`: a row has one or the other"):
         read_training_data(lines)
