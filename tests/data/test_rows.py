@@ -16,6 +16,7 @@ from conversation.data.rows import DataSet, named_data_set
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example
 from conversation.format.messages import to_row
+from conversation_config import path_from_anywhere
 from scripts.messages import as_jsonl, as_parquet
 
 
@@ -211,7 +212,7 @@ def test_a_data_set_in_a_folder_is_named_with_split_slice_and_configuration(tmp_
     assert "BuilderConfig 'three' not found" in found[-1] and "owner/name:configuration:train" in found[-1]
 
 
-def test_numbers_of_a_data_set_of_json_are_exact(tmp_path, read_elsewhere):
+def test_a_data_set_of_json_is_read_strictly_and_its_numbers_are_exact(tmp_path, read_elsewhere):
     """Its own reader makes 0.57 of calls with different arguments 0.5700000000000001, and keeps ten decimals."""
     base = easy_lines()[0]
     texts = [f"{number / 100:.2f}" for number in range(101)] + ["0.5734219551086426", "1e-15"]
@@ -223,7 +224,19 @@ def test_numbers_of_a_data_set_of_json_are_exact(tmp_path, read_elsewhere):
         folder.mkdir()
         (folder / f"train.{'jsonl' if write is as_jsonl else 'parquet'}").write_bytes(write(examples))
     expected = [example.text for example in examples]
-    assert read_elsewhere(f"{tmp_path / 'json'}:train", tmp_path / "parquet") == [expected] * 2
+    (tmp_path / "twice").mkdir()
+    twice = as_jsonl(examples[:2]).replace(b'"content": "x"', b'"content": "x", "content": "y"')
+    (tmp_path / "twice" / "train.jsonl").write_bytes(twice)
+    *read, refused = read_elsewhere(f"{tmp_path / 'json'}:train", tmp_path / "parquet", f"{tmp_path / 'twice'}:train")
+    assert read == [expected] * 2
+    assert "cannot be read: the key 'content' occurs twice in one object" in refused
+
+
+def test_a_folder_and_its_split_are_found_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert path_from_anywhere("set:train[:10%]") == f"{tmp_path / 'set'}:train[:10%]"
+    assert path_from_anywhere("owner/name:train[:10%]") == "owner/name:train[:10%]"
 
 
 def test_a_name_of_the_hub_is_handed_to_datasets_with_its_parts(monkeypatch):
