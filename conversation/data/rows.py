@@ -90,7 +90,7 @@ def is_data_set_folder(folder: Path) -> bool:
     """
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return True
-    return any(folder.rglob("*.parquet")) and not any(folder.rglob("*.json"))
+    return not any(folder.rglob("*.json")) and any(folder.rglob("*.parquet"))
 
 
 def read_parquet(path: Path) -> list[tuple[str, Example]]:
