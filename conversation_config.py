@@ -256,14 +256,21 @@ def names_in(text: str) -> tuple[str, ...]:
 
 def path_from_anywhere(name: str) -> str:
     """A path in the working folder, absolute unless that is the project's, so that it is found from elsewhere, too."""
-    folder, colon, split = name.rpartition(":")
-    if colon and Path(folder).is_dir():  # a data set's folder, and a split of it
-        return f"{path_from_anywhere(folder)}:{split}"
+    if found := folder_and_rest(name):
+        return f"{path_from_anywhere(found[0])}:{found[1]}"
     path = Path(os.path.expanduser(name))
     named = name in (*DATA_SETS, STAND_IN)
     if not path.exists() or Path.cwd() == PROJECT or named:
         return name
     return str(path.resolve() if path.resolve().exists() else path.absolute())  # what a pipe's link names is no path
+
+
+def folder_and_rest(name: str) -> tuple[str, str] | None:
+    """A data set's folder and what stands after its colon, as in `folder:train[:10%]`; None for any other name."""
+    for i, character in enumerate(name):
+        if character == ":" and name[i + 1 :] and Path(name[:i]).is_dir():
+            return name[:i], name[i + 1 :]
+    return None
 
 
 def cache_folder() -> Path:

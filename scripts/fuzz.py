@@ -19,12 +19,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["conversation"]):
-    from conversation.data import strict_json
     from conversation.data.examples import parse_line, read_jsonl, to_jsonl
     from conversation.data.trees import TreeError, parse_tree, read_trees
     from conversation.errors import UserError
+    from conversation.format import strict_json
+    from conversation.format.chat_messages import FieldError
     from conversation.format.control_tokens import CONTROL_PATTERN
-    from conversation.format.message_parser import FieldError, from_row
+    from conversation.format.message_parser import from_row
     from conversation.format.messages import to_row
     from conversation.format.parser import FormatError, parse_answer, parse_example
     from conversation_config import PROJECT

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conversation.data import strict_json
 from conversation.data.conversations import Conversation, ConversationError, parse_conversation
 from conversation.data.observed_shares import Observed, observe, with_shares
 from conversation.data.trees import Tree, format_tree, parse_tree, read_trees
 from conversation.errors import CommandLine, UserError, run_main
+from conversation.format import strict_json
 from conversation.runs.files import shown, write_atomically
 from conversation_config import CONVERSATIONS
 

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from conversation.answering.refusals import Refused
-from conversation.data import strict_json
+from conversation.format import strict_json
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

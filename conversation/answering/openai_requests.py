@@ -13,7 +13,7 @@ from typing import Any
 
 from conversation.answering.asking import TEMPERATURE, Sampling, make_prompt, one_line
 from conversation.answering.refusals import Refused
-from conversation.data import strict_json
+from conversation.format import strict_json
 from conversation.format.calls import Prompt, Utterance
 from conversation.format.grammar import ADD_CHOICE, ADD_TEXT
 

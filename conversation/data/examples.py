@@ -12,22 +12,39 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from conversation.data import strict_json
-from conversation.data.rows import FORMS, named_data_set, parse_row, read_data_set, read_parquet
+from conversation.data.rows import (
+    FORMS,
+    DataSet,
+    OtherColumns,
+    is_data_set_folder,
+    named_data_set,
+    other_columns,
+    parse_row,
+    read_data_set,
+    read_parquet,
+    tell_of_earlier_answers,
+)
 from conversation.data.trees import Tree, read_listed_trees, read_trees
 from conversation.errors import UnusableData, UserError, list_problems
+from conversation.format import strict_json
 from conversation.format.calls import Example
+from conversation.format.message_parser import earlier_answers
 
 RECODE = "convert the file to UTF-8: iconv -f ENCODING -t UTF-8, with the encoding that it has, as CP1252 or GB18030"
 
 
 def parse_line(line: str) -> Example:
     """Read one line of a JSONL file. Raises ValueError that says what is wrong with it."""
+    return parse_row(_object(line))
+
+
+def _object(line: str) -> dict[str, Any]:
     value = strict_json.loads(line)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    return parse_row(value)
+    return value
 
 
 def read_jsonl(path: Path) -> list[Example]:
@@ -41,29 +58,37 @@ def _read_lines(path: Path) -> list[tuple[str, Example]]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if kind := strict_json.recognise(data) or _kind_of_text(data):
+    table = "a table of texts: write it as JSONL or Parquet" if path.suffix.lower() in (".csv", ".tsv") else None
+    if kind := strict_json.recognise(data) or (table and f"this is {table}") or _kind_of_text(data):
         raise UserError(f"{path}: {kind}", "training data is UTF-8 with one JSON object a line: data/README.md")
     lines = data.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     examples: list[tuple[str, Example]] = []
     problems = []
+    others: list[OtherColumns] = []
+    earlier = 0
     for number, line in enumerate(lines, 1):
         try:
             text = strict_json.decode_utf8(line) if number == 1 else line.decode("utf-8")
             if not text.strip():
                 raise ValueError("the line is empty")
-            examples.append((f"{path}:{number}", parse_line(text)))
+            examples.append((f"{path}:{number}", parse_row(row := _object(text))))
+            earlier += earlier_answers(row)
         except UnicodeDecodeError as error:
             problems.append(f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}")
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
+            others += [error] if isinstance(error, OtherColumns) else []
+    if others and len(others) == len(lines):
+        raise other_columns(str(path), {column for error in others for column in error.columns})
     if problems:
         message = f"{len(problems)} of {len(lines)} lines cannot be used:\n{list_problems(problems)}"
         hint = RECODE if all("not UTF-8" in problem for problem in problems) else FORMS
         raise UnusableData(message, hint, problems, examples)
     if not examples:
         raise UserError(f"{path} contains no training example")
+    tell_of_earlier_answers(str(path), earlier)
     return examples
 
 
@@ -122,16 +147,17 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
     data = TrainingData()
     for path in [paths] if isinstance(paths, Path) else paths:
         data_set = None if path.exists() else named_data_set(str(path))
+        if path.is_dir() and is_data_set_folder(path):
+            data_set = DataSet(str(path))
         if not path.exists() and not data_set:
             problem = f"there is no training data at {path}"
-            raise UserError(
-                problem, "--training_data takes a tree folder, a JSONL or Parquet file, or a data set's name"
-            )
+            takes = "a tree folder, a JSONL or Parquet file, or a data set of the hub as owner/name:split"
+            raise UserError(problem, f"--training_data takes {takes}")
         if path.exists() and not path.is_dir() and not path.is_file():
             raise UserError(
                 f"{path} is a pipe or a device", "save the data in a file: a resumed training reads it again"
             )
-        holds_trees = path.is_dir() or path.suffix == ".txt"
+        holds_trees = (path.is_dir() and not data_set) or path.suffix == ".txt"
         if domains and not holds_trees:
             raise UserError("--domains needs a folder of conversation trees", f"{path} is none")
         trees: list[Tree] = []
@@ -141,9 +167,9 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
             if holds_trees:
                 trees = read_trees(path, domains) if path.is_dir() else read_listed_trees(path, domains)
             elif data_set:
-                rows = read_data_set(*data_set)
+                rows = read_data_set(data_set)
             else:
-                rows = read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
+                rows = read_parquet(path) if path.suffix.lower() == ".parquet" else _read_lines(path)
         except UnusableData as error:
             data.unusable.append(error)
             trees, rows = (error.usable, []) if holds_trees else ([], error.usable)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conversation.data import strict_json
 from conversation.errors import UserError, list_problems
+from conversation.format import strict_json
 from conversation.format.calls import NUM_FOLLOW_UPS, Answer, FollowUp, Prompt, Utterance
 
 T = TypeVar("T")

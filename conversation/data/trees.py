@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from conversation.data import strict_json
 from conversation.data.tree_files import find_tree_files
 from conversation.errors import UnusableData, UserError, list_problems
+from conversation.format import strict_json
 from conversation.format.calls import Answer, Example, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import CONTROL_PATTERN
 from conversation_config import PROJECT

@@ -1,15 +1,17 @@
 """Reads examples from rows of chat messages with tools, the form of TRL and of OpenAI's API.
 
-A row has `messages` (the last one is the answer, its calls as `tool_calls`) or `prompt` and `completion`, two lists of
-messages; and perhaps `tools`, the declarations of the functions. What a row says beyond the format is refused, not
-dropped: the prompt that is trained has one fixed instruction and two fixed declarations.
+A row has `messages` (ShareGPT's name: `conversations`) or `prompt` and `completion`, two lists of messages; and perhaps
+`tools`, the declarations of the functions. What follows the last question is the answer, in one message or in several.
+What a row says beyond the format is refused, not dropped: the prompt that is trained has one fixed instruction and two
+fixed declarations. Of an earlier answer the history has the fragments alone, and what a function returned is nothing.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from itertools import groupby
 from typing import Any
 
 from conversation.format.calls import (
@@ -24,24 +26,27 @@ from conversation.format.calls import (
     target_problem,
     text_problem,
 )
+from conversation.format.chat_messages import (
+    Call,
+    FieldError,
+    Message,
+    as_object,
+    checked,
+    kind,
+    parsed,
+    read_messages,
+    without_none,
+)
 from conversation.format.messages import PARAMETERS, as_text
 
-ROW_KEYS = ("messages", "prompt", "completion", "tools")
+CHATS = ("messages", "conversations")
+ROW_KEYS = (*CHATS, "prompt", "completion", "label", "system", "tools", "functions")
 _INSTRUCTION = re.compile(re.escape(INSTRUCTION.strip()).replace(re.escape("{timestamp}"), r"([^\n]+)"))
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_NAMES = {"user": "user", "human": "user", "assistant": "assistant", "model": "assistant"}
-
-
-class FieldError(ValueError):
-    """A value of a row that does not fit the format. The message begins with its place, as `messages[2].content`."""
-
-    def __init__(self, place: str, problem: str):
-        super().__init__(f"{place}: {problem}")
 
 
 def is_row(value: dict[str, Any]) -> bool:
     """Whether an object is meant to be read by `from_row`."""
-    return "messages" in value or "prompt" in value or "completion" in value
+    return any(key in value for key in (*CHATS, "prompt", "completion"))
 
 
 def from_row(value: dict[str, Any]) -> Example:
@@ -49,238 +54,218 @@ def from_row(value: dict[str, Any]) -> Example:
 
     A value of None is one that is not there: tables fill what a row lacks.
     """
-    row = _without_none({key: value[key] for key in ROW_KEYS if key in value})
-    if "messages" in row and ("prompt" in row or "completion" in row):
-        raise FieldError("messages", "beside `prompt` and `completion`: a row has one or the other")
-    for key in ("messages",) if "messages" in row else ("prompt", "completion"):
-        if not isinstance(row.get(key), list):
-            raise FieldError(key, f"not a list of messages but {_kind(row.get(key))}")
-    _check_tools(row.get("tools"))
-    placed = [
-        (f"{key}[{i}]", message)
-        for key in ("messages", "prompt", "completion")
-        for i, message in enumerate(row.get(key, []))
-    ]
-    if "completion" in row and len(row["completion"]) != 1:
-        raise FieldError("completion", f"{len(row['completion'])} messages, expected one: the answer")
-    timestamp = TIMESTAMP
-    if placed and _role(*placed[0]) in ("system", "developer"):
-        timestamp = _date_in(f"{placed[0][0]}.content", placed.pop(0)[1])
-    if len(placed) < 2:
-        raise FieldError("messages" if "messages" in row else "prompt", "no question with an answer after it")
-    history = [utterance for place, message in placed[:-2] for utterance in _utterances(place, message)]
-    question = _question(*placed[-2])
-    answer = _answer(*placed[-1])
+    row = without_none({key: value[key] for key in ROW_KEYS if key in value})
+    for key in ("tools", "functions"):
+        _check_tools(key, row.get(key))
+    if row.get("label") is False and "completion" in row:
+        raise FieldError("label", "false: the completion is a bad answer, leave the row out")
+    before, answer = _turns(row)
+    question = before.pop()
+    timestamp = _date(row.get("system"), before)
+    history = tuple(_history(before))
+    if question.content is None or not question.content.strip():
+        raise FieldError(question.content_place, "the question is empty")
+    right = _answer(answer)
     try:
-        return Example(Prompt(question, tuple(history), timestamp), answer)
+        return Example(Prompt(question.content, history, timestamp), right)
     except ValueError as error:
-        raise FieldError(f"{placed[-2][0]}.content", str(error)) from None
+        raise FieldError(question.content_place, str(error)) from None
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+def earlier_answers(value: dict[str, Any]) -> int:
+    """How many answers with follow-ups stand before the last question of a row that `from_row` has read.
+
+    They are history there: a row is one example, and its last answer is what is trained.
+    """
+    if value.get("text") is not None or not is_row(value):
+        return 0
+    before, _ = _turns(without_none({key: value[key] for key in ROW_KEYS if key in value}))
+    return sum(any(call.name == "add_choice" for call in message.calls) for message in before)
 
 
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+def _turns(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """The messages up to the last question, which is the last of them, and those after it."""
+    chats = [key for key in CHATS if key in row]
+    in_two = "prompt" in row or "completion" in row
+    if len(chats) + in_two > 1:
+        other = "`prompt` and `completion`" if in_two else f"`{chats[1]}`"
+        raise FieldError(chats[0], f"beside {other}: a row has one or the other")
+    if in_two:
+        key, before, answer = "prompt", *(read_messages(key, row.get(key)) for key in ("prompt", "completion"))
+    else:
+        key = chats[0] if chats else "messages"
+        found = read_messages(key, row.get(key))
+        end = 1 + max((i for i, message in enumerate(found) if message.role == "user"), default=-1)
+        before, answer = found[:end], found[end:]
+    if not before or not any(message.role == "user" for message in before):
+        raise FieldError(key, "no question of the user with an answer after it")
+    if (last := before[-1]).role != "user":
+        raise FieldError(last.role_place, f"{last.role!r}, but before the answer stands the question of the user")
+    if not answer:
+        place = "completion" if in_two else last.role_place
+        raise FieldError(place, "nothing" if in_two else f"{last.role!r}, but the last message is the assistant's")
+    return before, answer
 
 
-def _object(place: str, value: Any) -> dict[str, Any]:
-    """An object, or the JSON text of one, as OpenAI's API writes arguments."""
-    value = _parsed(place, value)
-    if not isinstance(value, dict):
-        raise FieldError(place, f"not an object but {_kind(value)}")
-    return value
-
-
-def _parsed(place: str, value: Any) -> Any:
-    """The value of a JSON text; any other value as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return _without_none(json.loads(value))
-    except (ValueError, RecursionError) as error:
-        raise FieldError(place, f"text that is not JSON: {error}") from None
-
-
-def _check_tools(value: Any) -> None:
+def _check_tools(key: str, value: Any) -> None:
     """Raises FieldError unless the declarations, if there are any, are of our two functions."""
-    value = _parsed("tools", value)
+    value = None if value == "" else parsed(key, value)
     if value is None or value == []:
         return
     if not isinstance(value, list):
-        raise FieldError("tools", f"not a list but {_kind(value)}")
+        raise FieldError(key, f"not a list but {kind(value)}")
     found: list[str] = []
     for i, tool in enumerate(value):
-        place = f"tools[{i}]"
-        tool = _object(place, tool)
-        function = _object(f"{place}.function", tool["function"]) if "function" in tool else tool
+        place = f"{key}[{i}]"
+        tool = as_object(place, tool)
+        function = as_object(f"{place}.function", tool["function"]) if "function" in tool else tool
         name = function.get("name")
         if not isinstance(name, str):
-            raise FieldError(f"{place}.function.name", f"not a text but {_kind(name)}")
+            raise FieldError(f"{place}.function.name", f"not a text but {kind(name)}")
         if name not in PARAMETERS:
             raise FieldError(f"{place}.function.name", f"{name!r} is neither add_text nor add_choice")
         if name in found:
             raise FieldError(f"{place}.function.name", f"{name} is declared twice")
         found.append(name)
-        schema = _object(f"{place}.function.parameters", function.get("parameters", {}))
-        names = list(_object(f"{place}.function.parameters.properties", schema.get("properties", {})))
+        schema = as_object(f"{place}.function.parameters", function.get("parameters", {}))
+        names = list(as_object(f"{place}.function.parameters.properties", schema.get("properties", {})))
         if set(names) != set(PARAMETERS[name]):
             expected = ", ".join(PARAMETERS[name])
             raise FieldError(f"{place}.function.parameters", f"{', '.join(names) or 'none'}, expected {expected}")
     if missing := [name for name in PARAMETERS if name not in found]:
-        raise FieldError("tools", f"{missing[0]} is not declared")
+        raise FieldError(key, f"{missing[0]} is not declared")
 
 
-def _role(place: str, message: Any) -> str:
-    if not isinstance(message, dict):
-        raise FieldError(place, f"not a message but {_kind(message)}")
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise FieldError(f"{place}.role", f"not a text but {_kind(role)}")
-    return _NAMES.get(role, role)
+# --- the parts of an example -----------------------------------------------------------------------------------------
 
 
-def _content(place: str, message: dict[str, Any]) -> str:
-    """The text of a message; "" when it has none. Text parts, as OpenAI's API allows them, are joined."""
-    content = message.get("content", "")
-    if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if any(not isinstance(part, str) for part in parts):
-            raise FieldError(f"{place}.content", "a part that is not text")
-        content = "".join(str(part) for part in parts)
-    if not isinstance(content, str):
-        raise FieldError(f"{place}.content", f"not a text but {_kind(content)}")
-    return _checked(f"{place}.content", content)
+def _date(system: Any, before: list[Message]) -> str:
+    """The date in the system message, which can only be the instruction of the format; the message is taken out.
+
+    It stands first, or in the column `system` of a row.
+    """
+    texts = [("system", system)] if system else []
+    if before and before[0].role == "system":
+        message = before.pop(0)
+        texts.append((message.content_place, message.content))
+    date = TIMESTAMP
+    for place, text in texts:
+        if not isinstance(text, str | None):
+            raise FieldError(place, f"not a text but {kind(text)}")
+        if found := _INSTRUCTION.fullmatch((text or "").strip()):
+            date = checked(place, found[1])
+        elif text and text.strip():
+            raise FieldError(
+                place,
+                "a system message has no place in the prompt that is trained, unless it is the instruction of the "
+                "format: leave it out",
+            )
+    return date
 
 
-def _date_in(place: str, message: dict[str, Any]) -> str:
-    """The date in a system message, which can only be the instruction of the format."""
-    if not (content := _content(place.removesuffix(".content"), message).strip()):
-        return TIMESTAMP
-    if found := _INSTRUCTION.fullmatch(content):
-        return found[1]
-    raise FieldError(
-        place, "a system message has no place in the prompt that is trained, unless it is the instruction of the format"
-    )
+def _history(messages: Sequence[Message]) -> Iterator[Utterance]:
+    """The lines of the conversation history for the messages before the question."""
+    said = (message for message in messages if message.role != "tool")  # what a function returned: nothing
+    for role, group in groupby(said, key=lambda message: message.role):
+        turn = list(group)
+        if role == "system":
+            raise FieldError(turn[0].role_place, "'system' has no place in the conversation history")
+        texts = [text for message in turn for text in _texts(message)]
+        if not texts:
+            raise FieldError(turn[0].place, "neither content nor a call of add_text")
+        for place, text in texts:
+            if "\n" in text:
+                problem = "a line break in the conversation history: give each line a message or a call of its own"
+                raise FieldError(place, problem)
+            yield Utterance("User" if role == "user" else "AI", text)
 
 
-def _utterances(place: str, message: Any) -> Iterator[Utterance]:
-    """The lines of the conversation history for a message before the question."""
-    role = _role(place, message)
-    if role == "tool":
-        return  # what a function returned: nothing
-    if role not in ("user", "assistant"):
-        raise FieldError(f"{place}.role", f"{role!r} has no place in the conversation history")
-    speaker = "User" if role == "user" else "AI"
-    texts = [(f"{place}.content", _content(place, message))] if role == "user" or message.get("content") else []
-    if role == "assistant":
-        for call_place, name, arguments in _calls(place, message):
-            if name == "add_text":
-                texts.append((f"{call_place}.arguments.content", _text(call_place, arguments, "content")))
-    elif "tool_calls" in message:
-        raise FieldError(f"{place}.tool_calls", "in a message of the user")
-    if not texts:
-        raise FieldError(place, "neither content nor a call of add_text")
-    for text_place, text in texts:
-        if "\n" in text:
-            raise FieldError(text_place, "a line break in the conversation history")
-        yield Utterance(speaker, text)
+def _texts(message: Message) -> Iterator[tuple[str, str]]:
+    """What a message says, with the places: its content, then its calls of add_text."""
+    if message.role == "user" and message.content is None:
+        raise FieldError(message.content_place, "no text")
+    if message.content or (message.role == "user" and message.content is not None):
+        yield message.content_place, message.content
+    for call in message.calls:
+        if call.name == "add_text":
+            yield f"{call.place}.arguments.content", _text(call, "content")
 
 
-def _question(place: str, message: Any) -> str:
-    if (role := _role(place, message)) != "user":
-        raise FieldError(f"{place}.role", f"{role!r}, but before the answer stands the question of the user")
-    if not (question := _content(place, message)).strip():
-        raise FieldError(f"{place}.content", "the question is empty")
-    return question
-
-
-def _answer(place: str, message: Any) -> Answer:
-    if (role := _role(place, message)) != "assistant":
-        raise FieldError(f"{place}.role", f"{role!r}, but the last message is the answer of the assistant")
-    if _content(place, message).strip():
-        raise FieldError(f"{place}.content", "text beside the function calls: an answer is nothing but calls")
+def _answer(messages: Sequence[Message]) -> Answer:
+    for message in messages:
+        if message.role in ("user", "system"):
+            raise FieldError(message.role_place, f"{message.role!r} after the question: there stands only the answer")
+        if message.role == "assistant":
+            _check_only_calls(message)
+    spoken = [message for message in messages if message.role == "assistant"]
+    if not spoken:
+        raise FieldError(messages[-1].role_place, f"{messages[-1].role!r}, but the last message is the assistant's")
     fragments: list[str] = []
     follow_ups: list[FollowUp] = []
-    for call_place, name, arguments in _calls(place, message):
-        if unknown := sorted(set(arguments) - set(PARAMETERS[name])):
-            raise FieldError(f"{call_place}.arguments.{unknown[0]}", f"{name} has no such parameter")
-        if name == "add_text":
-            if follow_ups:
-                raise FieldError(f"{call_place}.name", "add_text after add_choice")
-            fragments.append(_argument(call_place, arguments, "content"))
+    for call in (call for message in spoken for call in message.calls):
+        if unknown := sorted(set(call.arguments) - set(PARAMETERS[call.name])):
+            raise FieldError(f"{call.place}.arguments.{unknown[0]}", f"{call.name} has no such parameter")
+        if call.name == "add_choice":
+            follow_ups.append(_follow_up(call))
+        elif follow_ups:
+            raise FieldError(f"{call.place}.name", "add_text after add_choice")
         else:
-            follow_ups.append(_follow_up(call_place, arguments))
+            fragments.append(_argument(call, "content"))
     try:
         return Answer(tuple(fragments), tuple(follow_ups))
     except ValueError as error:
-        raise FieldError(f"{place}.tool_calls", str(error)) from None
+        place = f"{spoken[0].place}.tool_calls" if len(spoken) == 1 else f"{spoken[0].place} to {spoken[-1].place}"
+        raise FieldError(place, str(error)) from None
 
 
-def _follow_up(place: str, arguments: dict[str, Any]) -> FollowUp:
-    text = _argument(place, arguments, "text")
-    confidence = arguments.get("confidence")
+def _check_only_calls(message: Message) -> None:
+    """Raises FieldError for a part of an answer that says more than its calls, or that is not to be trained on."""
+    if message.content and message.content.strip():
+        problem = (
+            "text beside the function calls: an answer is nothing but calls"
+            if message.calls
+            else "text, but an answer is function calls: give them as `tool_calls`"
+        )
+        raise FieldError(message.content_place, problem)
+    if message.other_text:
+        raise FieldError(
+            f"{message.place}.{message.other_text}", "text beside the function calls: an answer is nothing but calls"
+        )
+    if message.untrained:
+        raise FieldError(
+            f"{message.place}.{message.untrained}", "not 1, but every answer is trained on: leave the row out"
+        )
+
+
+def _follow_up(call: Call) -> FollowUp:
+    text = _argument(call, "text")
+    place = f"{call.place}.arguments.confidence"
+    confidence = call.arguments.get("confidence")
+    if isinstance(confidence, Decimal):  # of a table
+        confidence = float(confidence)
     if isinstance(confidence, int | float) and not isinstance(confidence, bool):
         if not 0 <= confidence <= 1:
-            raise FieldError(f"{place}.arguments.confidence", "not between 0 and 1")
+            raise FieldError(place, "not between 0 and 1")
         confidence = as_text(float(confidence))
     if not isinstance(confidence, str):
-        raise FieldError(f"{place}.arguments.confidence", f"not a number but {_kind(confidence)}")
+        raise FieldError(place, f"not a number but {kind(confidence)}")
     if problem := confidence_problem(confidence):
-        raise FieldError(f"{place}.arguments.confidence", problem)
-    target = _text(place, arguments, "target")
+        raise FieldError(place, problem)
+    target = _text(call, "target")
     if problem := target_problem(target):
-        raise FieldError(f"{place}.arguments.target", problem)
+        raise FieldError(f"{call.place}.arguments.target", problem)
     return FollowUp(text, confidence, target)
 
 
-def _calls(place: str, message: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each call of a message as (its place, the function's name, its arguments)."""
-    calls = message.get("tool_calls", [])
-    if not isinstance(calls, list):
-        raise FieldError(f"{place}.tool_calls", f"not a list but {_kind(calls)}")
-    for i, call in enumerate(calls):
-        if not isinstance(call, dict):
-            raise FieldError(f"{place}.tool_calls[{i}]", f"not a call but {_kind(call)}")
-        call_place = f"{place}.tool_calls[{i}]" + (".function" if "function" in call else "")
-        function = call.get("function", call)
-        if not isinstance(function, dict):
-            raise FieldError(call_place, f"not an object but {_kind(function)}")
-        name = function.get("name")
-        if not isinstance(name, str) or name not in PARAMETERS:
-            raise FieldError(f"{call_place}.name", f"{name!r} is neither add_text nor add_choice")
-        yield call_place, name, _object(f"{call_place}.arguments", function.get("arguments"))
+def _text(call: Call, name: str) -> str:
+    place = f"{call.place}.arguments.{name}"
+    if not isinstance(value := call.arguments.get(name), str):
+        raise FieldError(place, f"not a text but {kind(value)}")
+    return checked(place, value)
 
 
-def _text(place: str, arguments: dict[str, Any], name: str) -> str:
-    if not isinstance(value := arguments.get(name), str):
-        raise FieldError(f"{place}.arguments.{name}", f"not a text but {_kind(value)}")
-    return _checked(f"{place}.arguments.{name}", value)
-
-
-def _checked(place: str, text: str) -> str:
-    """The text. Raises FieldError for a character that no training line has."""
-    if found := _NO_TEXT.search(text):
-        what = "a NUL character" if found[0] == "\0" else f"an unpaired surrogate U+{ord(found[0]):04X}"
-        raise FieldError(place, f"{what} at {found.start()}")
-    return text
-
-
-def _argument(place: str, arguments: dict[str, Any], name: str) -> str:
-    text = _text(place, arguments, name)
+def _argument(call: Call, name: str) -> str:
+    text = _text(call, name)
     if found := text_problem(text, "the value"):
-        raise FieldError(f"{place}.arguments.{name}", found[0])
+        raise FieldError(f"{call.place}.arguments.{name}", found[0])
     return text

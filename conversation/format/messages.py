@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from typing import Any
 
 from conversation.format.calls import INSTRUCTION, TIMESTAMP, Example
@@ -62,6 +64,23 @@ def to_row(example: Example) -> dict[str, Any]:
     return {"messages": messages, "tools": TOOLS}
 
 
+def to_sharegpt_row(example: Example) -> dict[str, str | list[dict[str, str]]]:
+    """The same in ShareGPT's form as LLaMA-Factory has it: the calls of a message are the JSON text of a list.
+
+    It is of texts alone, so that any version of `datasets` reads it as it is.
+    """
+    system, turns = "", []
+    for message in to_row(example)["messages"]:
+        if message["role"] == "system":
+            system = message["content"]
+        elif message["role"] == "user":
+            turns.append({"from": "human", "value": message["content"]})
+        else:
+            calls = [call["function"] for call in message["tool_calls"]]
+            turns.append({"from": "function_call", "value": json.dumps(calls, ensure_ascii=False)})
+    return {"conversations": turns, "system": system, "tools": json.dumps([tool["function"] for tool in TOOLS])}
+
+
 def _assistant(calls: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
@@ -77,5 +96,16 @@ def _as_number(confidence: str) -> float | str:
 
 
 def as_text(confidence: float) -> str:
-    """A confidence as the training data writes it, with two decimals; with more if it has more."""
+    """A confidence as the training data writes it, with two decimals; with more if it has more.
+
+    Of a number that 32 bits hold, as a table's column may have it, the shortest text that means it: 0.57, not
+    0.5699999928474426.
+    """
+    if len(repr(confidence)) > 15 and _in_32_bits(confidence) == confidence:
+        shorter = (float(f"{confidence:.{digits}g}") for digits in range(1, 10))  # nine digits tell any from any other
+        confidence = next(number for number in shorter if _in_32_bits(number) == confidence)
     return f"{confidence:.2f}" if round(confidence, 2) == confidence else repr(confidence)
+
+
+def _in_32_bits(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]

@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from conversation.data import strict_json
 from conversation.data.conversations import IDENTIFIER, Conversation, ConversationError, parse_conversation
 from conversation.data.own_trees import OwnTree, remarks, training_tree
 from conversation.data.trees import Tree, TreeError, read_tree
 from conversation.errors import UserError
+from conversation.format import strict_json
 from conversation.runs.files import make_folder, shown, write_atomically
 
 Document = dict[str, Any]

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conversation.data import strict_json
 from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation.format import strict_json
 from conversation_config import PROJECT
 
 OLD = ".old.part"

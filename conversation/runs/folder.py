@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversation.data import strict_json
 from conversation.errors import NOT_STARTED, UserError
+from conversation.format import strict_json
 from conversation.runs.console import logged_console
 from conversation.runs.files import (
     find_damage,

@@ -71,8 +71,8 @@ def hub_name(name: str) -> str | None:
     """A model's or data set's name on the hub; None for what is on this machine only."""
     if name == STAND_IN:
         return STAND_IN_ORIGIN
-    is_one = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:\w+)?", name) and not Path(name).exists()
-    return name.partition(":")[0] if is_one else None
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?(:\S+)?", name)
+    return found[1] if found and not Path(found[1]).exists() else None
 
 
 def _title(record: RunRecord) -> str:

@@ -132,6 +132,12 @@ def test_lines_in_another_encoding_are_said_to_need_another(tmp_path, real_lines
     assert "convert the file to UTF-8: iconv" in caught.value.hint
 
 
+def test_a_table_of_texts_is_recognised_by_its_name(tmp_path):
+    (tmp_path / "data.csv").write_text('messages,tools\n"[]","[]"\n')
+    with pytest.raises(UserError, match=r"data\.csv: this is a table of texts"):
+        read_jsonl(tmp_path / "data.csv")
+
+
 def test_line_ends_of_an_old_mac_are_recognised(tmp_path, real_lines):
     path = tmp_path / "data.jsonl"
     path.write_bytes("\r".join(real_lines[:3]).encode())

@@ -5,15 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT, easy_lines
 
 from conversation.data.examples import read_data, read_jsonl, read_training_data
-from conversation.data.rows import named_data_set
+from conversation.data.rows import DataSet, named_data_set
 from conversation.errors import UserError
+from conversation.format.calls import Answer, Example
 from conversation.format.messages import to_row
+from conversation_config import path_from_anywhere
+from scripts.messages import as_jsonl, as_parquet
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,18 @@ def test_every_bad_line_of_messages_is_listed_with_field_and_reason(tmp_path, ro
     assert problems[3].strip().startswith(f"{path}:5: messages[0].content: a system message has no place")
 
 
+def test_answers_that_are_only_history_are_told_of(tmp_path, rows, capsys):
+    """TRL would train on each answer of a row. Here the follow-ups of an earlier one are left out."""
+    question, answer = rows[0]["messages"][-2:]
+    longer = [{"messages": [question, answer, question, answer]}, rows[0], rows[2]]
+    table = write_parquet(tmp_path / "data.parquet", longer)
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("\n".join(map(json.dumps, longer)))
+    for path in (table, lines):
+        assert [len(example.prompt.history) for example in read_training_data(path)] == [2, 0, 3]
+        assert f"{path}: answers that are only history: 1; a row is one example" in capsys.readouterr().err
+
+
 def test_parquet_gives_the_examples_that_jsonl_gives(tmp_path, rows):
     path = write_parquet(tmp_path / "data.parquet", rows)
     assert read_training_data(path) == easy_lines()[:6]
@@ -88,11 +104,44 @@ def test_bad_rows_lines_and_nodes_are_listed_together_and_the_good_ones_keep_the
     assert all(f"{table}, row {n}: " in str(caught.value) and f"{lines}:{n}: " in str(caught.value) for n in (2, 4, 5))
 
 
+def test_texts_beside_messages_are_refused_and_an_empty_column_of_texts_is_none(tmp_path, rows):
+    path = write_parquet(tmp_path / "data.parquet", [{**row, "text": None} for row in rows[:1]])
+    assert read_training_data(path) == easy_lines()[:1]
+    lines = tmp_path / "data.jsonl"
+    lines.write_text(json.dumps({"text": easy_lines()[0].text, "prompt": "another column"}))
+    assert read_training_data(lines) == easy_lines()[:1]
+    lines.write_text(json.dumps({**rows[0], "text": easy_lines()[0].text}))
+    with pytest.raises(UserError, match="1: `text` beside `messages`: a row has one or the other"):
+        read_training_data(lines)
+
+
+def test_a_name_that_looks_like_a_pattern_is_of_one_file(tmp_path, rows):
+    write_parquet(tmp_path / "ab.parquet", rows)
+    for number, name in enumerate(("a?.parquet", "[a]b.parquet", "*.PARQUET"), 1):
+        assert read_training_data(write_parquet(tmp_path / name, rows[:number])) == easy_lines()[:number]
+
+
 def test_a_table_with_other_columns_is_refused_in_one_sentence(tmp_path):
     path = write_parquet(tmp_path / "data.parquet", [{"instruction": "a", "output": "b"}] * 30)
     with pytest.raises(UserError, match=r"data\.parquet has other columns: instruction, output") as caught:
         read_training_data(path)
     assert "`messages`" in caught.value.hint
+
+
+def test_a_file_with_other_columns_in_all_lines_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"query": "a", "answers": "[]"}) + "\n" + json.dumps({"query": "b", "tools": "[]"}))
+    with pytest.raises(UserError, match=r"data\.jsonl has other columns: answers, query, tools$"):
+        read_training_data(path)
+
+
+def test_a_table_without_rows_is_refused_in_one_sentence(tmp_path, rows):
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(write_parquet(tmp_path / "data.parquet", rows))
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=r"data\.parquet contains no training example"):
+        read_training_data(tmp_path / "data.parquet")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PAR1 but no more PAR1"])
@@ -109,31 +158,106 @@ def test_parquet_by_another_name_is_recognised(tmp_path, rows):
         read_training_data(path)
 
 
-def test_a_split_of_a_data_set_is_named_after_a_colon(tmp_path, rows, monkeypatch):
-    """The folder of a data set, as `hf download --local-dir` leaves it: `datasets` reads it as one of the hub."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    folder = tmp_path / "set"
-    write_parquet(folder / "train-00000-of-00001.parquet", rows)
-    write_parquet(folder / "test-00000-of-00001.parquet", rows[:2])
-    flags = [sys.executable, "-c", READ_AND_COUNT]
-    for name, count in ((f"{folder}:train", 6), (f"{folder}:test", 2)):
-        done = subprocess.run([*flags, name], capture_output=True, text=True, cwd=PROJECT)
-        assert done.stdout.strip() == str(count), done.stderr
-    done = subprocess.run([*flags, f"{folder}:dev"], capture_output=True, text=True, cwd=PROJECT)
-    assert 'Unknown split "dev"' in done.stdout and "after a colon" in done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def read_elsewhere(tmp_path_factory):
+    """A function that reads training data in a process with a cache of its own: how many examples, or the error."""
+
+    def read(*names):
+        environment = {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+        flags = [sys.executable, "-c", READ, *map(str, names)]
+        done = subprocess.run(flags, capture_output=True, text=True, cwd=PROJECT, env=environment)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return read
 
 
-READ_AND_COUNT = """
-import sys
-from pathlib import Path
+READ = """
+import json, sys
 from pathlib import Path
 from conversation.data.examples import read_training_data
 from conversation.errors import UserError
-try:
-    print(len(read_training_data(Path(sys.argv[1]))))
-except UserError as error:
-    print(error, error.hint)
+for name in sys.argv[1:]:
+    try:
+        print(json.dumps([example.text for example in read_training_data(Path(name))]))
+    except UserError as error:
+        print(json.dumps(f"{error} | {error.hint}"))
 """
+
+
+def test_a_data_set_in_a_folder_is_named_with_split_slice_and_configuration(tmp_path, rows, read_elsewhere):
+    """As `hf download --local-dir` leaves it: `datasets` reads it as one of the hub."""
+    shards, configured = tmp_path / "set", tmp_path / "configured"
+    for number in range(2):
+        write_parquet(shards / f"train-{number:05d}-of-00002.parquet", rows)
+    write_parquet(shards / "test-00000-of-00001.parquet", rows[:2])
+    for name, some in (("one", rows), ("two", rows[:1])):
+        configured.mkdir(exist_ok=True)
+        write_parquet(configured / name / "data.parquet", some)
+    parts = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("one", "two"))
+    (configured / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    sizes = {
+        shards: 12,
+        f"{shards}:train": 12,
+        f"{shards}:test": 2,
+        f"{shards}:train[1:3]": 2,
+        f"{shards}:train[:50%]+test": 8,
+        f"{configured}:two:train": 1,
+    }
+    refused = [f"{shards}:dev", configured, f"{configured}:three:train"]
+    found = read_elsewhere(*sizes, *refused)
+    assert [len(texts) for texts in found[: len(sizes)]] == list(sizes.values())
+    assert 'Unknown split "dev"' in found[-3] and "after a colon" in found[-3]
+    assert "['one', 'two']" in found[-2] and "owner/name:configuration:train" in found[-2]
+    assert "BuilderConfig 'three' not found" in found[-1] and "owner/name:configuration:train" in found[-1]
+
+
+def test_a_data_set_of_json_is_read_strictly_and_its_numbers_are_exact(tmp_path, read_elsewhere):
+    """Its own reader makes 0.57 of calls with different arguments 0.5700000000000001, and keeps ten decimals."""
+    base = easy_lines()[0]
+    texts = [f"{number / 100:.2f}" for number in range(101)] + ["0.5734219551086426", "1e-15"]
+    examples = [
+        Example(base.prompt, Answer(("x",), tuple(replace(each, confidence=text) for each in base.answer.follow_ups)))
+        for text in texts
+    ]
+    for folder, write in ((tmp_path / "json", as_jsonl), (tmp_path / "parquet", as_parquet)):
+        folder.mkdir()
+        (folder / f"train.{'jsonl' if write is as_jsonl else 'parquet'}").write_bytes(write(examples))
+    expected = [example.text for example in examples]
+    (tmp_path / "twice").mkdir()
+    twice = as_jsonl(examples[:2]).replace(b'"content": "x"', b'"content": "x", "content": "y"')
+    (tmp_path / "twice" / "train.jsonl").write_bytes(twice)
+    *read, refused = read_elsewhere(f"{tmp_path / 'json'}:train", tmp_path / "parquet", f"{tmp_path / 'twice'}:train")
+    assert read == [expected] * 2
+    assert "cannot be read: the key 'content' occurs twice in one object" in refused
+
+
+def test_a_folder_and_its_split_are_found_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert path_from_anywhere("set:train[:10%]") == f"{tmp_path / 'set'}:train[:10%]"
+    assert path_from_anywhere("owner/name:train[:10%]") == "owner/name:train[:10%]"
+
+
+def test_a_name_of_the_hub_is_handed_to_datasets_with_its_parts(monkeypatch):
+    asked = []
+
+    def load(source, **options):
+        asked.append((source, options))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match="no data set of that name"):
+        read_training_data(Path("owner/name@v1.0:small:train[:10%]"))
+    assert asked == [("owner/name", {"name": "small", "split": "train[:10%]", "revision": "v1.0"})]
+
+
+def test_a_folder_of_save_to_disk_is_refused_in_one_sentence(tmp_path, rows, read_elsewhere):
+    from datasets import Dataset
+
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (said,) = read_elsewhere(tmp_path / "saved")
+    assert said.startswith(f"{tmp_path / 'saved'}:train was written by save_to_disk | ") and "to_parquet" in said
 
 
 def test_a_data_set_that_cannot_be_had_is_refused_in_one_sentence():
@@ -148,17 +272,25 @@ def test_a_data_set_that_cannot_be_had_is_refused_in_one_sentence():
 def test_whatever_keeps_a_data_set_from_being_had_is_named(tmp_path, name, value):
     plain = {each: text for each, text in os.environ.items() if not each.startswith("HF_")}
     settings = {**plain, "HF_HOME": str(tmp_path / "home"), name: value}
-    command = [sys.executable, "-c", READ_AND_COUNT, "some/thing"]
+    command = [sys.executable, "-c", READ, "some/thing"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=settings)
-    assert done.stdout.startswith("there is no file or folder some/thing, and no data set of that name"), done.stderr
+    assert done.stdout.startswith('"there is no file or folder some/thing, and no data set of that name'), done.stderr
     assert f"{name}={value}" in done.stdout and "network and what is set" in done.stdout
 
 
 def test_a_name_is_a_data_set_a_path_or_neither(tmp_path):
-    assert named_data_set("owner/name") == ("owner/name", "train")
-    assert named_data_set("owner/name:test") == ("owner/name", "test")
-    assert named_data_set(f"{tmp_path}:test") == (str(tmp_path), "test")
-    for path in ("data/lines.jsonl", "name", "/a/b", "a/b/c", "../a", "data/x.parquet", "data/trees.zip"):
+    for name, expected in {
+        "owner/name": DataSet("owner/name"),
+        "owner/name:test": DataSet("owner/name", "test"),
+        "owner/name:train[10:20%]+test": DataSet("owner/name", "train[10:20%]+test"),
+        "owner/name:all:test": DataSet("owner/name", "test", "all"),
+        "owner/name@refs/pr/1": DataSet("owner/name", revision="refs/pr/1"),
+        f"{tmp_path}:test": DataSet(str(tmp_path), "test"),
+        f"{tmp_path}:all:train[:1]": DataSet(str(tmp_path), "train[:1]", "all"),
+    }.items():
+        assert named_data_set(name) == expected, name
+    paths = ["data/lines.jsonl", "name", "/a/b", "a/b/c", "../a", "data/x.parquet", "data/trees.zip"]
+    for path in (*paths, "owner/name:", "owner/name:a:b:c", "owner/name:train[", f"{tmp_path}:", f"{tmp_path}:a b"):
         assert named_data_set(path) is None, path
 
 

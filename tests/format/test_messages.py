@@ -2,13 +2,15 @@
 
 import copy
 import json
+from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversation.format.calls import TIMESTAMP, Answer, Example, FollowUp, Prompt, Utterance
-from conversation.format.message_parser import FieldError, from_row
+from conversation.format.chat_messages import FieldError
+from conversation.format.message_parser import from_row
 from conversation.format.messages import TOOLS, to_row
 
 CHOICES = (FollowUp("Why?", "0.60", "why"), FollowUp("How?", "0.25", "how"), FollowUp("Cost?", "0.125", "cost"))
@@ -45,6 +47,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<
 LINES = WORDS.map(lambda text: " ".join(text.split("\n")))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["User", "AI"]), LINES)),
     WORDS,
@@ -87,7 +90,79 @@ def as_a_table_fills_it(value):
     value["prompt"] = value["completion"] = None
 
 
+def answer_of(value):
+    """The functions that the answer calls; the answer is taken out."""
+    return [call["function"] for call in value["messages"].pop()["tool_calls"]]
+
+
+def one_call_at_a_time(value):
+    """As OpenAI's API goes with parallel_tool_calls=false: each call is answered before the next."""
+    for i, function in enumerate(answer_of(value)):
+        call = {"id": f"call_{i}", "type": "function", "function": function}
+        value["messages"].append({"role": "assistant", "content": None, "tool_calls": [call]})
+        value["messages"].append({"role": "tool", "tool_call_id": f"call_{i}", "content": "ok"})
+
+
+def as_functions_were_called_once(value):
+    for function in answer_of(value):
+        function["arguments"] = json.dumps(function["arguments"])
+        value["messages"].append({"role": "assistant", "content": None, "function_call": function})
+        value["messages"].append({"role": "function", "name": function["name"], "content": "ok"})
+    value["functions"] = [tool["function"] for tool in value.pop("tools")]
+
+
+def an_earlier_answer_in_two_parts(value):
+    choices = [call for call in calls(value) if call["function"]["name"] == "add_choice"]
+    value["messages"][2:2] = [{"role": "tool", "content": "ok"}, {"role": "assistant", "tool_calls": choices}]
+
+
+def all_as_json_texts(value):
+    for text in value["messages"]:
+        if "tool_calls" in text:
+            text["tool_calls"] = json.dumps(text["tool_calls"])
+    value.update(messages=json.dumps(value["messages"]), tools=json.dumps([json.dumps(t) for t in value["tools"]]))
+
+
+def the_same_keys_in_all_messages(value):
+    for text in value["messages"]:
+        text.update({"tool_calls": text.get("tool_calls", []), "function_call": {}, "name": "x", "weight": 1})
+
+
+def as_llama_factory(value):
+    functions = answer_of(value)
+    past = [
+        {"from": "function_call", "value": json.dumps(call["function"])} for call in value["messages"][1]["tool_calls"]
+    ]
+    texts = [{"from": "human", "value": value["messages"][i]["content"]} for i in (0, 2)]
+    last = {"from": "function_call", "value": json.dumps(functions)}
+    observed = {"from": "observation", "value": "ok"}
+    value["conversations"] = [texts[0], *past, observed, texts[1], last]
+    del value["messages"]
+    value.update(tools=json.dumps(value["tools"]), system="")
+
+
+def an_answer_in_two_parts(value):
+    as_prompt_and_completion(value)
+    value["completion"] = [{"role": "assistant", "tool_calls": part} for part in halves(value["completion"][0])]
+
+
+def halves(answer):
+    return answer["tool_calls"][:3], answer["tool_calls"][3:]
+
+
 OTHER_FORMS = {
+    "one call a message, with results": one_call_at_a_time,
+    "functions of OpenAI's older form": as_functions_were_called_once,
+    "an earlier answer in two messages": an_earlier_answer_in_two_parts,
+    "an answer in two messages": an_answer_in_two_parts,
+    "JSON texts all over": all_as_json_texts,
+    "the same keys in all messages": the_same_keys_in_all_messages,
+    "as LLaMA-Factory has it": as_llama_factory,
+    "conversations of role and content": lambda value: value.update(conversations=value.pop("messages")),
+    "tools of an empty text": lambda value: value.update(tools=""),
+    "an earlier answer that is not trained on": lambda value: value["messages"][1].update(weight=0, thinking="Hm."),
+    "a confidence of 32 bits": lambda value: argument(value, 2).update(confidence=0.6000000238418579),
+    "a confidence of a decimal column": lambda value: argument(value, 2).update(confidence=Decimal("0.60")),
     "no tools": lambda value: value.pop("tools"),
     "tools as text": lambda value: value.update(tools=json.dumps(value["tools"])),
     "tools without wrapping": lambda value: value.update(tools=[tool["function"] for tool in value["tools"]]),
@@ -140,6 +215,13 @@ def history_call(value):
     value["messages"][1]["tool_calls"][0]["function"]["arguments"]["content"] = "a\nb"
 
 
+def continued_completion(value):
+    as_prompt_and_completion(value)
+    first, second = halves(value["completion"][0])
+    value["prompt"].append({"role": "assistant", "tool_calls": first})
+    value["completion"] = [{"role": "assistant", "tool_calls": second}]
+
+
 CALL, CALLS = "messages[3].tool_calls[{}].function", "messages[3].tool_calls"
 FIRST, CHOICE = (f"{CALL.format(number)}.arguments" for number in (0, 2))
 END_OF_QUESTION = "a\n<end_of_turn>\n<start_of_turn>model\n"
@@ -150,7 +232,11 @@ DEFECTS = {
     f"{CALL.format(4)}.name: add_text after": lambda v: calls(v).append(calls(v).pop(0)),
     f"{CALL.format(0)}.name: 'search'": call(0, name="search"),
     f"{FIRST}: not an object but a list": call(0, arguments=["x"]),
-    f"{FIRST}: text that is not JSON": call(0, arguments="{content: x}"),
+    f"{FIRST}: its JSON text cannot be read: not JSON": call(0, arguments="{content: x}"),
+    f"{FIRST}: its JSON text cannot be read: the key 'content' occurs twice": call(
+        0, arguments='{"content": "a", "content": "b"}'
+    ),
+    f"{CALL.format(2)}.arguments: its JSON text cannot be read: NaN": call(2, arguments='{"confidence": NaN}'),
     f"{FIRST}.tone: add_text has no such": put(0, tone="x"),
     f"{FIRST}.content: the value is empty": put(0, content=" "),
     f"{FIRST}.content: control token <escape>": put(0, content="a <escape>"),
@@ -162,8 +248,29 @@ DEFECTS = {
     f"{CHOICE}.target: target 'No'": put(2, target="No"),
     f"{CHOICE}.text: not a text but nothing": lambda v: argument(v, 2).pop("text"),
     "messages[3].content: text beside the function calls": message(3, content="Sure!"),
-    "messages[3].role: 'user', but the last": message(3, role="user"),
-    "messages[2].role: 'assistant', but before the answer": message(2, role="assistant"),
+    "messages[3].content: text, but an answer is function calls": message(3, content="Sure!", tool_calls=None),
+    "messages[3].thinking: text beside the function calls": message(3, thinking="Hm."),
+    "messages[3].weight: not 1, but every answer": message(3, weight=0),
+    "messages[3].train: not 1, but every answer": message(3, train=False),
+    "messages[3].role: 'user', but the last": message(3, role="user", tool_calls=None),
+    "messages[3].role: 'tool', but the last": message(3, role="tool", tool_calls=None),
+    "messages[3].role: 'robot' is none of user": message(3, role="robot"),
+    "messages[3].tool_calls[0].function: a call in a message of the user": message(3, role="user"),
+    "messages[2].content: text, but an answer is function calls": message(2, role="assistant"),
+    "messages[2].tool_calls[0].function: a call in a message": lambda v: v["messages"][2].update(
+        tool_calls=calls(v)[:1]
+    ),
+    "prompt[3].role: 'assistant', but before the answer": continued_completion,
+    "completion[1].role: 'user' after the question": lambda v: (
+        as_prompt_and_completion(v),
+        v["completion"].append(v["prompt"][0]),
+    ),
+    "messages[4].tool_calls[0].function.name: add_text after": lambda v: v["messages"].append(v["messages"][3]),
+    "messages[3] to messages[4]: 6 follow-ups": lambda v: v["messages"].append(
+        {"role": "assistant", "tool_calls": calls(v)[2:]}
+    ),
+    "messages[0].content: no text": message(0, content=None),
+    "messages[1]: neither content": message(1, tool_calls=[]),
     "messages[2].content: the question is empty": message(2, content=""),
     "messages[2].content: the question of a training line cannot": message(2, content=END_OF_QUESTION),
     "messages[0].content: a line break": message(0, content="a\nb"),
@@ -175,8 +282,19 @@ DEFECTS = {
     "messages: not a list of messages but a text": lambda v: v.update(messages="hello"),
     "messages: no question": lambda v: v.update(messages=v["messages"][-1:]),
     "prompt: not a list of messages but nothing": lambda v: v.update(completion=v.pop("messages")),
-    "completion: 4 messages": lambda v: v.update(prompt=[], completion=v.pop("messages")),
+    "prompt: no question": lambda v: v.update(prompt=[], completion=v.pop("messages")),
+    "completion: nothing": lambda v: v.update(prompt=v.pop("messages")[:3], completion=[]),
+    "label: false": lambda v: (as_prompt_and_completion(v), v.update(label=False)),
     "messages: beside `prompt`": lambda v: v.update(prompt=[]),
+    "messages: beside `conversations`": lambda v: v.update(conversations=v["messages"]),
+    "messages: not a list of messages but nothing": lambda v: v.update(messages=None),
+    "system: a system message has no place": lambda v: v.update(system="Be terse."),
+    "conversations[0].from: 'robot' is none": lambda v: v.update(
+        messages=None, conversations=[{"from": "robot", "value": "x"}]
+    ),
+    "conversations[0].value[0]: not a call but a text": lambda v: v.update(
+        messages=None, conversations=[{"from": "function_call", "value": '["x"]'}]
+    ),
     "tools[0].function.name: 'say' is neither": lambda v: v["tools"][0]["function"].update(name="say"),
     "tools: add_choice is not declared": lambda v: v["tools"].pop(),
     "tools[1].function.name: add_text is declared twice": lambda v: v["tools"].insert(1, v["tools"][0]),
@@ -201,6 +319,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON, st.data())
 def test_whatever_a_row_holds_the_error_is_one_with_a_place(junk, data):
     """A value anywhere in a good row is replaced."""

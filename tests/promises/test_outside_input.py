@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import conversation_config
-from conversation.data import strict_json
 from conversation.data.examples import parse_line, read_jsonl, to_jsonl
 from conversation.data.trees import TreeError, parse_tree
 from conversation.errors import STOPPING, UserError
+from conversation.format import strict_json
 from conversation.format.control_tokens import CONTROL_TOKENS
 from conversation.format.parser import FormatError, parse_answer, parse_example
 

@@ -48,6 +48,8 @@ def test_the_cards_head_holds_what_the_hub_reads_and_the_figures_of_the_run(tmp_
     [
         ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B"),
         ("owner/data:train", "owner/data"),
+        ("owner/data@v1.0:small:train[:10%]", "owner/data"),
+        ("data/core_trees:train", None),
         (STAND_IN, "google/gemma-3-270m"),
         ("/somewhere/model", None),
         ("expert", None),

@@ -5,16 +5,20 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT, easy_lines
 
 from conversation.data.examples import read_training_data, to_jsonl
+from conversation.format.calls import Answer, Example
+from conversation.format.messages import to_sharegpt_row
+from scripts.messages import as_parquet
 
 
-def export(source, output, home="/nonexistent"):
-    command = [sys.executable, "-m", "scripts.messages", str(source), str(output)]
+def export(source, output, home="/nonexistent", *flags):
+    command = [sys.executable, "-m", "scripts.messages", str(source), str(output), *flags]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=PROJECT, env={**os.environ, "HF_HOME": str(home)}
     )
@@ -58,6 +62,49 @@ def test_stock_trl_trains_two_steps_on_it(exported, tmp_path, tiny_folder):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_stock_datasets_reads_the_numbers_of_the_parquet_as_they_are(tmp_path):
+    """Its reader makes 0.57, as JSON has it, 0.5700000000000001."""
+    from datasets import load_dataset
+
+    base = easy_lines()[0]
+    numbers = [f"{number / 100:.2f}" for number in range(101)]
+    texts = '"confidence": 0.57 and \\'
+    answers = [
+        Answer((texts,), tuple(replace(each, confidence=number) for each in base.answer.follow_ups))
+        for number in numbers
+    ]
+    (tmp_path / "data.parquet").write_bytes(as_parquet([Example(base.prompt, answer) for answer in answers]))
+    source = str(tmp_path / "data.parquet")
+    rows = load_dataset("parquet", data_files=source, split="train", cache_dir=str(tmp_path / "cache"))
+    calls = [[call["function"]["arguments"] for call in row["messages"][-1]["tool_calls"]] for row in rows]
+    assert [call[-1]["confidence"] for call in calls] == [float(number) for number in numbers]
+    assert all(call[0] == {"content": texts} for call in calls)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_the_form_of_llama_factory_is_texts_alone_and_is_read_back(tmp_path, name):
+    (tmp_path / "easy.jsonl").write_bytes(to_jsonl([*easy_lines(), dated()]))
+    done = export(tmp_path / "easy.jsonl", tmp_path / name, tmp_path / "home", "--form", "sharegpt")
+    assert done.returncode == 0, done.stderr
+    assert read_training_data(tmp_path / name) == [*easy_lines(), dated()]
+
+
+def dated():
+    """An example of another day: its date goes into a system message."""
+    return replace(easy_lines()[0], prompt=replace(easy_lines()[0].prompt, timestamp="2026-11-27T00:00:00"))
+
+
+def test_the_turns_of_llama_factory_take_turns():
+    """It skips a row, with a warning, whose turns do not alternate between reader and model."""
+    row = to_sharegpt_row(easy_lines()[2])
+    assert [turn["from"] for turn in row["conversations"]] == ["human", "function_call"] * 2
+    assert json.loads(row["conversations"][1]["value"])[0] == {
+        "name": "add_text",
+        "arguments": {"content": "It is red."},
+    }
+    assert [tool["name"] for tool in json.loads(row["tools"])] == ["add_text", "add_choice"]
 
 
 def test_a_name_that_is_no_format_is_refused_and_nothing_is_written(tmp_path):

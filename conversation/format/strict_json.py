@@ -22,7 +22,8 @@ def loads(text: str) -> Any:
     except JsonError:
         raise
     except json.JSONDecodeError as error:
-        raise JsonError(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise JsonError(f"not JSON: {error.msg} ({line}column {error.colno})") from None
     except RecursionError:
         raise JsonError("not readable: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
