@@ -41,16 +41,18 @@ def main() -> int:
     set_up_libraries()
     from conversation.models.device import use_device
     from conversation.training.preparation import prepare, print_statistics
+    from conversation.training.processes import at_work, together
 
     if args.check_data:
         print_statistics(prepare(resolve_settings(args)), as_json=args.json)
         return 0
     use_device(args.device)  # before the minutes of work that would be for nothing
-    if not args.resume:
-        begin(args, prepare(resolve_settings(args)))
-    elif run := run_to_resume(args):
-        with run.at_work() as record:
-            resume(run, record, prepare(resolve_settings(args, record.config)))
+    with together():
+        if not args.resume:
+            begin(args, prepare(resolve_settings(args)))
+        elif found := run_to_resume(args):
+            with at_work(found) as (run, record):
+                resume(run, record, prepare(resolve_settings(args, record.config)))
     return 0
 
 
@@ -79,21 +81,22 @@ def parse_flags() -> argparse.Namespace:
 def begin(args: argparse.Namespace, prepared: Prepared) -> None:
     """Train a new run. Its folder and record are made after every check."""
     from conversation.training.preparation import check_space_for
-    from conversation.training.processes import decided_by_first, wait_for_first
+    from conversation.training.processes import at_work, check_same_training, decided_by_first, wait_for_first
     from conversation.training.trainer import build_trainable_model
 
+    record = prepared.record()
+    check_same_training(record)
     run = RunFolder(Path(decided_by_first(str((args.run_dir or new_run_folder().path).resolve()))))
     if is_first_process():
         run.check_unused()
-    check_space_for(prepared, run.path, to_be_freed=bytes_of_attempts() if args.attempt else 0)
+        check_space_for(prepared, run.path, to_be_freed=bytes_of_attempts() if args.attempt else 0)
     model = build_trainable_model(prepared.base_folder, prepared.config)
-    record = prepared.record()
     if args.attempt:
         run = begin_attempt(TRAINING_RUNS, record)
     elif is_first_process():
         run.create(record)
     wait_for_first()
-    with run.at_work(new=True) as record:
+    with at_work(run, new=True) as (run, record):
         train(run, record, prepared, model, checkpoint=None)
 
 
@@ -101,31 +104,46 @@ def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
     """The run that `--resume` means; None when RETRAIN.sh has published the last one."""
     from conversation.training.processes import decided_by_first
 
-    run = attempt_to_resume() if args.attempt else chosen_run(args.run_dir)
-    return run and RunFolder(Path(decided_by_first(str(run.path))))
+    path = ""
+    if is_first_process():
+        run = attempt_to_resume() if args.attempt else chosen_run(args.run_dir)
+        path = str(run.path) if run else ""
+    path = decided_by_first(path)
+    return RunFolder(Path(path)) if path else None
 
 
 def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
     """Resume a run from its newest intact checkpoint, with the same settings or with more steps."""
     from conversation.training.checkpoints import choose_checkpoint, drop_newer_checkpoints
+    from conversation.training.processes import check_same_training, decided_by_first
     from conversation.training.trainer import build_trainable_model
 
     current = prepared.record()
-    for change in changes_on_resume(record, current):
-        print(change)
-    if done := record.training:
-        damage = find_damage(run.final_lora, done.adapter_files) or find_damage(run.path, done.files)
-        if damage is None and done.steps >= prepared.steps:
-            print("The training is done already.")
-            if is_first_process():
-                write_report(run)  # an earlier process may have ended between record and report
-            return
-        if damage:
-            print(f"warning: the training goes on from a checkpoint: {damage}", file=sys.stderr)
+    check_same_training(current)
+    done = False
+    if is_first_process():
+        for change in changes_on_resume(record, current):
+            print(change)
+        done = is_done(run, record, prepared)
+    if decided_by_first("done" if done else ""):
+        return
     checkpoint = choose_checkpoint(run.checkpoints)
     drop_newer_checkpoints(run.checkpoints, checkpoint)
     model = build_trainable_model(prepared.base_folder, prepared.config)
     train(run, replace(current, started=record.started, starts=record.starts), prepared, model, checkpoint)
+
+
+def is_done(run: RunFolder, record: RunRecord, prepared: Prepared) -> bool:
+    """Whether a run has had all its steps, and its results are intact. Its report is then written once more."""
+    if done := record.training:
+        damage = find_damage(run.final_lora, done.adapter_files) or find_damage(run.path, done.files)
+        if damage is None and done.steps >= prepared.steps:
+            print("The training is done already.")
+            write_report(run)  # an earlier process may have ended between record and report
+            return True
+        if damage:
+            print(f"warning: the training goes on from a checkpoint: {damage}", file=sys.stderr)
+    return False
 
 
 def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftModel, checkpoint: Path | None) -> None:
@@ -138,9 +156,9 @@ def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftMode
         write_atomically(run.training_data, to_jsonl(prepared.training))
         write_atomically(run.held_out_data, to_jsonl(prepared.held_out))
         run.write(record)
-    print(f"Run folder: {shown(run.path)}\n{prepared}\nDevice: {record.environment.machine['device']}")
+        print(f"Run folder: {shown(run.path)}\n{prepared}\nDevice: {record.environment.machine['device']}")
     result = train_adapters(model, prepared.tokenizer, prepared.training_set, prepared.config, run, checkpoint)
-    if is_first_process():
+    if result:  # of the first process
         run.write(replace(record, training=result))
         write_report(run)
         print(result)

@@ -69,6 +69,7 @@ def check(several_processes: bool, variables: Variables = os.environ) -> list[st
     `several_processes`: whether this program is made for more than one.
     """
     _check_paths(variables)
+    _check_launcher(variables)
     _check_accelerate(variables)
     return _check_processes(several_processes, variables)
 
@@ -83,6 +84,20 @@ def _check_paths(variables: Variables) -> None:
     for name, text in {**places, **{name: variables.get(name, "") for name in PATHS}}.items():
         if any("\udc80" <= character <= "\udcff" for character in text):
             raise Unusable(f"{name} is not UTF-8", "rename the file or folder")
+
+
+def _check_launcher(variables: Variables) -> None:
+    """Refuse the one process that `accelerate launch` starts when it is asked for several but leaves them to MPI.
+
+    On each machine it would train alone, and by other steps than were asked for.
+    """
+    launched, size = "ACCELERATE_MIXED_PRECISION" in variables, variables.get("WORLD_SIZE", "").strip()
+    if launched and variables.get("MASTER_ADDR", "").strip() and not size:
+        raise Unusable(
+            "accelerate launch was asked for several processes, but has started this one alone",
+            "without MPI it starts them by its flag --multi_gpu, or distributed_type: MULTI_GPU in its config file, "
+            "on CPUs, too; for one process, unset MASTER_ADDR",
+        )
 
 
 def _check_accelerate(variables: Variables) -> None:

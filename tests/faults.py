@@ -33,8 +33,29 @@ def bad_numbers_at(call: int, what: str) -> None:
     trainer.backward_in_micro_batches = spoiled
 
 
-def a_signal_in_step(call: int) -> None:
-    """Send this process SIGTERM while it takes the given step."""
+def process_of_several(rank: int, size: int, port: int) -> None:
+    """Make of this process one of several, as a launcher does."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    variables = {"RANK": rank, "WORLD_SIZE": size, "ACCELERATE_USE_CPU": "true", **place}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+
+
+def meeting_within(seconds: float) -> None:
+    """Give the processes of a training only so long to meet."""
+    from conversation.training import meeting
+
+    meeting.MEETING = seconds
+
+
+def code_that_differs() -> None:
+    """Let this process take its code for another."""
+    from conversation.training import meeting
+
+    meeting.code_sha256 = lambda: "0" * 64
+
+
+def a_signal_in_step(call: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal, SIGTERM if no other, while it takes the given step."""
     from conversation.training import conversation_trainer as trainer
 
     plain, count = trainer.backward_in_micro_batches, 0
@@ -43,7 +64,7 @@ def a_signal_in_step(call: int) -> None:
         nonlocal count
         count += 1
         if count == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return plain(model, *arguments)
 
     trainer.backward_in_micro_batches = signalled

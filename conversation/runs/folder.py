@@ -34,7 +34,6 @@ from conversation.runs.files import (
     write_json,
 )
 from conversation.runs.lock import LOCK_FILE, locked_folder
-from conversation.runs.machine import is_first_process
 from conversation.runs.record import AnswersReport, AnswersResult, RunRecord
 from conversation_config import TRAINING_RUNS
 
@@ -220,13 +219,9 @@ class RunFolder:
     def at_work(self, new: bool = False) -> Iterator[RunRecord]:
         """Lock the folder, log the console, and read the record. `new`: a refused run leaves no folder.
 
-        Of several processes only the first locks and logs. Raises UserError when the folder is no run, when the run is
-        published, and when another process works in it.
+        Raises UserError when the folder is no run, when the run is published, and when another process works in it.
         """
         self.read_unpublished()  # before the lock file is made
-        if not is_first_process():
-            yield self.read_unpublished()
-            return
         with locked_folder(self.path), logged_console(self.console_log):
             try:
                 yield self.read_unpublished()

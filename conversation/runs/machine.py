@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import resource
@@ -17,13 +18,25 @@ from conversation_config import PROJECT
 
 def environment(device: str = "") -> Environment:
     """Versions, machine and git commit, for run.json. `device`: where the run computes, and why there."""
-    packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "safetensors")
-    versions = {name: version for name in packages if (version := _version(name))}
     return Environment(
-        versions={"python": platform.python_version(), **versions},
+        versions={"python": platform.python_version(), **versions()},
         machine={**machine(), **({"device": device} if device else {})},
         git_commit=_git_commit(),
     )
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that carry the training."""
+    packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "safetensors")
+    return {name: version for name in packages if (version := _version(name))}
+
+
+def code_sha256() -> str:
+    """A hash over the project's own modules, to compare two checkouts by."""
+    found = hashlib.sha256()
+    for path in sorted([*PROJECT.glob("*.py"), *PROJECT.glob("conversation/**/*.py")]):
+        found.update(f"{path.relative_to(PROJECT).as_posix()}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def machine() -> dict[str, str | int | float]:

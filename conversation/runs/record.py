@@ -29,6 +29,8 @@ def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
+NOW = ("the run has", "now")  # what a difference is between; hashes follow
+
 # --- inputs of a run ------------------------------------------------------------------------------------------------
 
 
@@ -42,7 +44,7 @@ class BaseIdentity:
     tokenizer_sha256: str
     tokenizer_fingerprint: str
 
-    def differences(self, other: BaseIdentity) -> list[str]:
+    def differences(self, other: BaseIdentity, words: tuple[str, str] = NOW) -> list[str]:
         """One sentence for each part of the model that differs. Its name and location do not count."""
         parts = {
             "weights_sha256": "the base model's weights",
@@ -50,7 +52,7 @@ class BaseIdentity:
             "tokenizer_sha256": "the file tokenizer.json",
             "tokenizer_fingerprint": "the tokenizer",
         }
-        return _differences(parts, self, other)
+        return _differences(parts, self, other, words)
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ class DataIdentity:
     held_out_sha256: str
     statistics: DataStatistics
 
-    def differences(self, other: DataIdentity) -> list[str]:
+    def differences(self, other: DataIdentity, words: tuple[str, str] = NOW) -> list[str]:
         """One sentence for each part of the data that differs. Its source does not count."""
         parts = {"training_sha256": "the training data", "held_out_sha256": "the held-out data"}
-        return _differences(parts, self, other)
+        return _differences(parts, self, other, words)
 
 
-def _differences(parts: dict[str, str], before: object, current: object) -> list[str]:
+def _differences(parts: dict[str, str], before: object, current: object, words: tuple[str, str]) -> list[str]:
     pairs = ((what, getattr(before, name), getattr(current, name)) for name, what in parts.items())
-    return [f"{what}: the run has {old[:12]}, now {new[:12]}" for what, old, new in pairs if old != new]
+    return [f"{what}: {words[0]} {old[:12]}, {words[1]} {new[:12]}" for what, old, new in pairs if old != new]
 
 
 @dataclass(frozen=True)
@@ -318,3 +320,18 @@ def changes_on_resume(record: RunRecord, current: RunRecord) -> list[str]:
             "leave the flags out to go on as before, or train a new run",
         )
     return harmless
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def differences(first: RunRecord, other: RunRecord) -> list[str]:
+    """What two processes of one training would do differently: a sentence each. Names of data and base do not count."""
+    words = ("the first has", "this one")
+    found = []
+    for spec in dataclasses.fields(TrainingConfig):
+        one, two = getattr(first.config, spec.name), getattr(other.config, spec.name)
+        if one != two and spec.name not in ("training_data", "base_model"):
+            found.append(f"--{spec.name}: {words[0]} {one}, {words[1]} {two}")
+    found += first.data.differences(other.data, words)
+    return found + first.base_model.differences(other.base_model, words)

@@ -16,7 +16,7 @@ from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.runs.files import cannot_write, file_hashes, find_damage, give_usual_modes, read_json, write_json
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import is_first_process
-from conversation.training.processes import decided_by_first, wait_for_first
+from conversation.training.processes import collect_files, decided_by_first, hand_out_files, wait_for_first
 from conversation.training.watch import Watched
 from conversation_config import KEPT_CHECKPOINTS
 
@@ -56,7 +56,7 @@ class CheckpointKeeper(TrainerCallback):
         except UserError:  # a full disk
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self.trainer.accelerator.wait_for_everyone()  # each process writes its random states and its progress
+        collect_files(folder)  # each process has written its random states and its progress
         if state.is_world_process_zero:
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
                 shutil.rmtree(folder)
@@ -106,7 +106,10 @@ def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def choose_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None; of several processes the first chooses. Reports broken newer ones."""
+    """The checkpoint to resume from, or None. Reports broken newer ones.
+
+    Of several processes the first chooses. Every other has a `folder` of its own and gets a copy.
+    """
     name = ""
     if is_first_process():
         found, problems = newest_intact_checkpoint(folder)
@@ -115,6 +118,8 @@ def choose_checkpoint(folder: Path) -> Path | None:
         name = found.name if found else ""
     name = decided_by_first(name)
     checkpoint = folder / name if name else None
+    if checkpoint:
+        hand_out_files(checkpoint)
     print(f"Resuming from {checkpoint.name}." if checkpoint else "No intact checkpoint: starting from the first step.")
     return checkpoint
 

@@ -64,8 +64,8 @@ def train_adapters(
     config: TrainingConfig,
     run: RunFolder,
     checkpoint: Path | None,
-) -> TrainingResult:
-    """Train a model's adapters and leave them in the run's `final_lora`.
+) -> TrainingResult | None:
+    """Train a model's adapters and leave them in the run's `final_lora`; of several processes the first has the result.
 
     `model`: from `build_trainable_model`. `tokenizer`: the base's. `checkpoint`: from `choose_checkpoint`; None starts
     anew. Raises UserError: after a signal (128 + its number; the step is saved); status 1 when the loss or a gradient
@@ -108,6 +108,8 @@ def train_adapters(
     if trainer.is_world_process_zero():
         _save_final(model, run)
     trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return None
     windows = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return TrainingResult(

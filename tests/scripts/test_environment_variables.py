@@ -46,6 +46,7 @@ WHOLE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR"),
         ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE=meta"),
         ({"HOME": "/home/\udcff"}, "HOME is not UTF-8"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "10.0.0.1"}, "accelerate launch was asked for several"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(variables, words):

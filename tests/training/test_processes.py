@@ -46,7 +46,7 @@ def test_two_processes_train_what_one_trains(tmp_path, tiny_folder, easy_data):
     whole = train(tmp_path / "one", tiny_folder, easy_data, *plain)
     halves = ["--gradient_accumulation_steps", "4", *plain]
     with two_processes(tiny_folder, easy_data, tmp_path / "run", *halves) as launcher:
-        _, errors = launcher.communicate(timeout=300)
+        _, errors = launcher.communicate(timeout=900)
     assert whole.returncode == 0 and launcher.returncode == 0, errors
 
     one = load_file(tmp_path / "one" / "checkpoints" / "final_lora" / "adapter_model.safetensors")
@@ -65,14 +65,14 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_pat
     run = RunFolder(tmp_path / "run")
     more = ["--max_steps", "2000", "--save_steps", "1000", "--gradient_accumulation_steps", "4"]
     with two_processes(tiny_folder, easy_data, run.path, *more) as launcher:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not any("loss" in entry for entry in (run.read_metrics() if run.metrics.exists() else [])):
             assert launcher.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         workers = psutil.Process(launcher.pid).children()
         (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
         second.send_signal(signal.SIGTERM)
-        _, errors = launcher.communicate(timeout=120)
+        _, errors = launcher.communicate(timeout=600)
     assert launcher.returncode != 0 and "stopped by SIGTERM after step" in errors, errors
     checkpoint, problems = newest_intact_checkpoint(run.checkpoints)
     assert checkpoint and not problems and f"after step {checkpoint.name.removeprefix('checkpoint-')} of" in errors
@@ -101,36 +101,36 @@ def test_the_first_of_several_processes_chooses_the_run_folder_for_all(tmp_path,
     assert folder.read_text().count(today) == 1
     folder.write_text(folder.read_text().replace(today, shifted))
     with two_processes(tiny_folder, home / "easy.jsonl", None, "--max_steps", "2", project=home) as launcher:
-        _, errors = launcher.communicate(timeout=300)
+        _, errors = launcher.communicate(timeout=900)
     assert launcher.returncode == 0, errors
     (run,) = (home / "training-runs" / "conversation").glob("20*")
     assert run.name == "2026-01-01" and RunFolder(run).read().training.steps == 2
 
 
 CHOOSE = """
-import os, pathlib, shutil, sys, time
-from conversation.training import checkpoints
-folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
-plain = shutil.rmtree
-shutil.rmtree = lambda path: (time.sleep(1), plain(path))
-if rank == "1":  # a slower process would find what the first has half removed
-    checkpoints.newest_intact_checkpoint = lambda folder: (None, ["gone"])
-chosen = checkpoints.choose_checkpoint(folder)
-checkpoints.drop_newer_checkpoints(folder, chosen)
-left = sorted(path.name for path in folder.glob("checkpoint-*"))
-(folder / rank).write_text(f"{chosen.name} of {left}")
+import os, pathlib, sys
+from conversation.training import checkpoints, processes
+folder = pathlib.Path(sys.argv[1], os.environ["RANK"])  # each has its own
+with processes.together():
+    chosen = checkpoints.choose_checkpoint(folder)
+    checkpoints.drop_newer_checkpoints(folder, chosen)
+left = {str(path.relative_to(folder)) for path in folder.glob("*/*")}
+(folder / "seen").write_text(f"{chosen.name} of {sorted(left)}, {(chosen / 'weights').read_text()}")
 """
 
 
-def test_the_first_of_several_processes_chooses_the_checkpoint_for_all_and_only_it_removes_broken_ones(tmp_path):
+def test_the_first_of_several_processes_chooses_the_checkpoint_for_all_and_sends_it_to_them(tmp_path):
+    folder = tmp_path / "0"
+    (tmp_path / "1").mkdir()
     for step in (3, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x")
-    write_json(tmp_path / "checkpoint-3" / CHECKPOINT_HASHES, file_hashes(tmp_path / "checkpoint-3"))
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "weights").write_bytes(b"x")
+    write_json(folder / "checkpoint-3" / CHECKPOINT_HASHES, file_hashes(folder / "checkpoint-3"))
     (tmp_path / "choose.py").write_text(CHOOSE)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "choose.py", tmp_path]
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *map(str, launch)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["checkpoint-3 of ['checkpoint-3']"] * 2
+    seen = "checkpoint-3 of ['checkpoint-3/hashes.json', 'checkpoint-3/weights'], x"
+    assert [(tmp_path / rank / "seen").read_text() for rank in "01"] == [seen] * 2
