@@ -20,5 +20,4 @@ def test_every_way_to_answer_is_measured_on_both_sets(untouched, tmp_path):
             assert (row["valid"], row["equal_fragments"], row["distinct_follow_ups"]) == (1, 0, 1), row
             answers = [parse_answer(each["output"]) for each in row["answers"]]
             assert all(len({each.text for each in answer.follow_ups}) == 3 for answer in answers)
-            assert 0 < row["distinct_2"] <= 1
         assert f"| {row['set']} | {row['method']} |" in done.stdout

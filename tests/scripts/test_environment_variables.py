@@ -94,7 +94,7 @@ def test_the_cache_is_where_a_variable_says_or_one_sentence_names_both(monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache" / "conversation-training"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    for home in ("/nonexistent", "relative"):
+    for home in (str(tmp_path / "missing"), "relative"):
         monkeypatch.setenv("HOME", home)
         with pytest.raises(UserError, match="HOME is not a folder, and XDG_CACHE_HOME is not set"):
             cache_folder()

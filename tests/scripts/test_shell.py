@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import PROJECT
@@ -189,7 +190,8 @@ def test_a_signal_to_retrain_reaches_its_script_and_no_further_stage_begins(chec
     python.write_text(FAKE_PYTHON.replace('mkdir -p "$ATTEMPT" ;;', f'mkdir -p "$ATTEMPT"; {waits}'))
     environment = {**os.environ, "CALLS": str(checkout.calls), "ATTEMPT": str(checkout.attempt)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(["./RETRAIN.sh"], cwd=checkout.folder, env=environment, **streams)
+    heed = partial(signal.signal, number, signal.SIG_DFL)  # the tests may run under nohup, which ignores SIGHUP
+    process = subprocess.Popen(["./RETRAIN.sh"], cwd=checkout.folder, env=environment, preexec_fn=heed, **streams)
     while process.poll() is None and not checkout.calls.with_suffix(".waits").exists():
         time.sleep(0.01)
     process.send_signal(number)
