@@ -105,19 +105,16 @@ def measure(model: Any, tokenizer: Any, cases: Sequence[HeldOutCase], decoding: 
 
 def relevance_of(cases: Sequence[HeldOutCase], verdicts: Sequence[Verdict]) -> dict[str, float | None]:
     """The mean cosine of the questions of a conversation so far with the answer's fragments, and its follow-ups."""
-    from conversation.answering.relevance import SentenceEmbeddings, is_installed
+    from conversation.answering.evaluation import Relevance
 
-    pairs: dict[str, list[tuple[str, str]]] = {"answer_relevance": [], "follow_up_relevance": []}
-    for case, verdict in zip(cases, verdicts, strict=True):
-        if verdict.answer:
-            earlier = [line.text for line in case.prompt.history if line.speaker == "User"]
-            asked = " ".join([*earlier, case.prompt.question])
-            pairs["answer_relevance"].append((asked, " ".join(verdict.answer.fragments)))
-            pairs["follow_up_relevance"].append((asked, " ".join(each.text for each in verdict.answer.follow_ups)))
-    if not is_installed() or not pairs["answer_relevance"]:
-        return dict.fromkeys(pairs)
-    embeddings = SentenceEmbeddings()
-    return {name: sum(embeddings.similarities(of)) / len(of) for name, of in pairs.items()}
+    near, prompts = Relevance(short=False), [case.prompt for case in cases]
+    answers = [verdict.answer for verdict in verdicts]
+    texts = {
+        "answer_relevance": [answer.fragments if answer else None for answer in answers],
+        "follow_up_relevance": [tuple(e.text for e in answer.follow_ups) if answer else None for answer in answers],
+    }
+    found = {name: [v for v in near.similarities(prompts, of) if v is not None] for name, of in texts.items()}
+    return {name: sum(values) / len(values) if values else None for name, values in found.items()}
 
 
 def table(found: list[dict[str, Any]]) -> str:

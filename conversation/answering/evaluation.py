@@ -65,7 +65,7 @@ def evaluate(
             cases, verdicts, sampled, right, ranks, expected, strict=True
         )
     ]
-    near = _Relevance(short)
+    near = Relevance(short)
     of_answers = near.similarities(prompts, [v.answer.fragments if v.answer else None for v in verdicts])
     of_follow_ups = near.similarities(
         prompts, [tuple(each.text for each in v.answer.follow_ups) if v.answer else None for v in verdicts]
@@ -123,7 +123,7 @@ def _ask(
 
 
 @dataclass
-class _Relevance:
+class Relevance:
     """Cosines of questions and answers; None where the embeddings are not installed, or not asked for."""
 
     short: bool
