@@ -52,8 +52,12 @@ def test_a_dead_owners_lock_is_taken_over(tmp_path, flags):
 
 
 def training(retrain: Retrain) -> bool:
-    """Whether the training is the stage at work."""
-    return any("train_conversation.py" in " ".join(child.cmdline()) for child in retrain.process.children())
+    """Whether the training is the stage at work. A stage may end between its listing and its reading."""
+    for child in retrain.process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "train_conversation.py" in " ".join(child.cmdline()):
+                return True
+    return False
 
 
 def test_a_second_retrain_is_told_who_locks_the_runs_also_when_only_a_stage_of_it_lives_on(

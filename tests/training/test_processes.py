@@ -37,7 +37,8 @@ def two_processes(base, data, run_dir, *flags, project=PROJECT):
         yield launcher
     finally:  # processes that wait for each other would be waited for
         for process in (*psutil.Process(launcher.pid).children(), launcher) if launcher.poll() is None else ():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended since it was listed
+                process.kill()
         launcher.communicate()
 
 
