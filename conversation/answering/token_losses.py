@@ -1,7 +1,8 @@
 """The log probability of each token of some answers, over the prefix tree of the training step.
 
 Answers to one prompt share it, and all prompts share the developer turn: each distinct token-in-its-context is computed
-once (`training.shared_prefix`), so that scoring a hundred answers costs what their own tokens cost.
+once (`training.shared_prefix`), so that scoring a hundred answers costs what their own tokens cost. With a base that
+the shared-prefix step does not know, each answer is read by itself.
 """
 
 from __future__ import annotations
@@ -49,13 +50,26 @@ def label_log_probabilities(
     """For each sequence, the natural log of the probability of its labels, and of other tokens in their places.
 
     Returns a tensor [labels, 1 + candidates] per sequence, float64 on the CPU: column 0 is the label itself, the others
-    are the tokens `candidates`. The model is one that the shared-prefix step can train; raises ValueError otherwise.
+    are the tokens `candidates`.
     """
-    read_prefix_trees(model)
+    try:
+        read_prefix_trees(model)
+    except ValueError:  # a base whose answers cannot be read as a tree
+        return [_alone(model, sequence, candidates) for sequence in sequences]
     found: dict[TokenSequence, Tensor] = {}
     for group in split_into_micro_batches(list(dict.fromkeys(sequences)), PACKED_TOKENS):
         found.update(zip(group, _of_group(model, group, candidates), strict=True))
     return [found[sequence] for sequence in sequences]
+
+
+def _alone(model: torch.nn.Module, sequence: TokenSequence, candidates: Sequence[int]) -> Tensor:
+    """The log probabilities [labels, 1 + candidates] of one sequence, by the model's ordinary forward pass."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=torch.tensor([sequence.ids], device=device), use_cache=False).logits[0]
+    labels = [place for place, is_label in enumerate(sequence.is_label) if is_label]
+    predicting = torch.tensor(labels, device=device) - 1
+    columns = torch.tensor([[sequence.ids[place], *candidates] for place in labels], device=device)
+    return logits[predicting].log_softmax(-1).gather(1, columns).double().cpu()
 
 
 def packed_positions(tree: PrefixTree, sequences: Sequence[TokenSequence]) -> list[list[int]]:

@@ -7,11 +7,11 @@ import torch
 from conftest import easy_lines
 from tokenizers import pre_tokenizers
 
-from conversation.answering import knowledge, token_losses
+from conversation.answering import knowledge, scoring, token_losses
 from conversation.answering.token_losses import label_log_probabilities
 from conversation.data.questions import HeldOutCase
 from conversation.format.calls import Answer, Example, FollowUp, Prompt
-from conversation.models.tokenizer import decode, encode, encode_example, load_tokenizer
+from conversation.models.tokenizer import decode, encode, encode_example, encode_prompt, load_tokenizer
 from conversation.models.weights import load_model
 from conversation.training.prefix_tree import TokenSequence
 
@@ -37,6 +37,29 @@ def test_log_probabilities_are_those_of_the_plain_forward_pass(loaded, tiny_fold
         for row, values in zip(rows, ours, strict=True):
             wanted = expected[row - 1][[sequence.ids[row], 7, 9]]
             torch.testing.assert_close(values, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_the_shared_step_does_not_know_is_read_answer_by_answer(tiny_folder, loaded):
+    """One whose logits are scaled: the check of the step refuses it, and its probabilities are its own."""
+    model, tokenizer = load_model(tiny_folder).eval(), loaded[1]
+    plain = model.forward
+
+    def scaled(*given, **named):
+        output = plain(*given, **named)
+        output.logits = output.logits / 3
+        return output
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match="shared-prefix loss"):
+        token_losses.read_prefix_trees(model)
+    answers = [encode(tokenizer, [text]) for text in ("Yes.", "It depends on the weather.")]
+    found = scoring.log_probabilities(model, tokenizer, [(Prompt("Why?"), answer) for answer in answers])
+    before = encode_prompt(tokenizer, Prompt("Why?"))
+    for ours, answer in zip(found, answers, strict=True):
+        with torch.no_grad():
+            logits = load_model(tiny_folder).eval()(torch.tensor([[*before, *answer]])).logits[0] / 3
+        rows = logits.double().log_softmax(-1)[len(before) - 1 : -1]
+        assert ours == pytest.approx(sum(row[token].item() for row, token in zip(rows, answer, strict=True)), abs=1e-3)
 
 
 def test_every_token_of_an_answer_has_its_kind(loaded):
