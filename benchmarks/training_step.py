@@ -82,8 +82,6 @@ def main() -> int:
         raise UserError(f"unknown: {', '.join(sorted(unknown))}", f"--variants takes {', '.join(VARIANTS)}")
     if min(args.rounds, args.trl_rounds) < 1:
         raise UserError("--rounds and --trl_rounds must be at least 1")
-    if args.tokens is not None and args.tokens < 8:
-        raise UserError("--tokens must be at least 8")
     set_up_libraries()
     if args.growth:
         growth = measure_growth(GROWTH)
@@ -154,7 +152,9 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
 
 def make_batches(base_folder: Path, args: argparse.Namespace, count: int) -> list[list[TokenSequence]]:
     """`count` batches of 8 examples: of the training data or, with `--tokens`, of random tokens."""
-    if args.tokens:
+    if args.tokens is not None:
+        if args.tokens < 8:
+            raise UserError("--tokens must be at least 8")
         return random_token_batches(base_folder, args.tokens, count, args.seed)
     return random_batches(base_folder, args.training_data, count, args.seed)
 

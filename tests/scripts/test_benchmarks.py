@@ -36,6 +36,13 @@ def test_a_run_prints_a_table_for_people_and_one_json_object_for_programs(tiny_f
     assert done.stderr.rstrip().endswith("of it")
 
 
+@pytest.mark.parametrize("benchmark", ["training_step", "memory_plan"])
+@pytest.mark.parametrize("tokens", ["0", "7"])
+def test_examples_too_short_for_a_prompt_and_an_answer_are_refused(tiny_folder, benchmark, tokens):
+    done = run_script(f"benchmarks/{benchmark}.py", "--base_model", tiny_folder, "--tokens", tokens)
+    assert done.returncode == 2 and done.stderr == "error: --tokens must be at least 8\n"
+
+
 def test_a_variant_that_runs_out_of_memory_is_a_row_and_not_the_end():
     batch = {"tokens": 10, "distinct_tokens": 8, "labels": 4}
     taken = {
