@@ -43,7 +43,7 @@ from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.record import RunRecord
 from conversation.runs.report import write_report
-from conversation_config import EXPORT_TYPES, HELD_OUT_QUESTIONS, names_in, set_up_libraries
+from conversation_config import EXPORT_TYPES, HELD_OUT_QUESTIONS, add_device_flag, names_in, set_up_libraries
 
 COMPARED_EXAMPLES = 100
 MILLISECONDS = {"f32": 133, "f16": 67, "q8_0": 47, "q5_1": 45, "q4_k_m": 42}
@@ -84,6 +84,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="leave the files that are there and intact")
     parser.add_argument("--force", action="store_true", help="keep a file that has lost what the model was trained on")
     parser.add_argument("--check", action="store_true", help="only check the types and that xllamacpp is there")
+    add_device_flag(parser)
     args = parser.parse_args()
     args.type = [name.lower() for name in names_in(",".join(args.type))]
     if unknown := [name for name in args.type if name not in EXPORT_TYPES]:
@@ -101,6 +102,7 @@ def export(
     """Export a merged folder to all types that are asked for. Raises UserError that names those that failed."""
     set_up_libraries()
     from conversation.answering.exporting import Exporter
+    from conversation.models.device import use_device
     from conversation.models.gguf import TYPES, MergedWeights
     from conversation.models.llama_cpp import library
     from conversation.models.merged_model import MANIFEST, load_verified
@@ -117,6 +119,7 @@ def export(
         print("Exported already.")
         return 0
     say_what_it_takes(types, {kind: weights.file_bytes(TYPES[kind]) for kind in types}, output)
+    print(f"Device: {use_device(args.device)}; llama.cpp computes on the CPU", flush=True)
     model, tokenizer = load_verified(folder, record.base_model.tokenizer_fingerprint if record else None)
     exporter = Exporter(
         folder,

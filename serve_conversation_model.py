@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.files import shown
 from conversation.runs.folder import newest_run
-from conversation_config import CONVERSATIONS, OWN_TREES, TRAINING_RUNS, set_up_libraries
+from conversation_config import CONVERSATIONS, OWN_TREES, TRAINING_RUNS, add_device_flag, set_up_libraries
 
 PORT = 8765
 KEY_VARIABLE = "CONVERSATION_API_KEY"
@@ -46,7 +46,7 @@ def main() -> int:
         set_up_libraries()
         from conversation.answering.engines import open_engine
 
-        return open_engine(source)
+        return open_engine(source, args.device)
 
     listener = listen(args.host, args.port)
     key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -64,6 +64,8 @@ def main() -> int:
 
     def say_ready() -> None:
         loading.done()
+        if queue.engine:
+            print(f"Device: {queue.engine.device}")
         print(f"Ready: {url}  (OpenAI's API: {url}v1; Ctrl-C ends it)", flush=True)
         if not args.no_browser and not open_browser(url):
             print("No browser was found here: open that address yourself.", flush=True)
@@ -91,6 +93,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--allowed_origin", action="append", default=[], metavar="ORIGIN", help="a web page that may use the API (CORS)"
     )
+    add_device_flag(parser)
     args = parser.parse_args()
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port must be from 0 to 65535, not {args.port}")

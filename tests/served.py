@@ -33,6 +33,7 @@ class FakeEngine:
 
     name = "fake-model"
     engine = "fake"
+    device = "cpu (fake)"
     context = 2048
 
     def __init__(self, pace: float = 0.0):

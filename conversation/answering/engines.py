@@ -43,10 +43,11 @@ def never() -> bool:
 class Engine(Protocol):
     """A model that answers. One caller at a time.
 
-    `name`: what is shown. `context`: the longest prompt and answer together, in tokens.
+    `name`: what is shown. `device`: where it computes, and why. `context`: the longest prompt and answer, in tokens.
     """
 
     name: str
+    device: str
     context: int
 
     def count_tokens(self, prompt: Prompt) -> int: ...
@@ -65,9 +66,9 @@ class GrammarEngine:
     """An engine from a vocabulary and an empty memory of a model. `engine` names the program, for people."""
 
     def __init__(
-        self, name: str, engine: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
+        self, name: str, engine: str, device: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
     ) -> None:
-        self.name, self.engine, self.context = name, engine, context
+        self.name, self.engine, self.device, self.context = name, engine, device, context
         self.vocabulary = vocabulary
         self._tokens = AllowedTokens(vocabulary)
         self._cache = PrefixCache(empty)
@@ -135,26 +136,27 @@ class GrammarEngine:
         return ids
 
 
-def open_engine(source: Path) -> GrammarEngine:
-    """The engine for a .gguf file, a merged folder or a run folder.
+def open_engine(source: Path, device: str | None = None) -> GrammarEngine:
+    """The engine for a .gguf file, a merged folder or a run folder. `device`: --device; a .gguf file needs the CPU.
 
     Of a run folder, an exported file is taken if there is one of this model and llama.cpp is installed: in the order of
-    PREFERRED. Raises UserError when there is no model, when it is broken, and when it is another one.
+    PREFERRED. Raises UserError when there is no model, when it is broken, when it is another one, and when it cannot
+    compute on that device.
     """
     if not source.exists():
         raise UserError(f"there is no model at {shown(source)}", "name a run folder, a merged folder or a .gguf file")
     source = source.resolve()
     if source.is_file():
-        return _llama_cpp(source, source.stem)
+        return _llama_cpp(source, source.stem, device)
     run = RunFolder(source)
     if not run.run_json.exists():
-        return _transformers(source, source.name, None)
+        return _transformers(source, source.name, None, device)
     record = run.read()
     if not record.merge:
         raise UserError(f"there is no merged model in {shown(source)}", "merge it: merge_conversation_model.py")
     if file := _exported(run, record.merge.files):
-        return _llama_cpp(file, f"{source.name}, {file.stem.rpartition('-')[2]}")
-    return _transformers(run.merged_model, source.name, record.base_model.tokenizer_fingerprint)
+        return _llama_cpp(file, f"{source.name}, {file.stem.rpartition('-')[2]}", device)
+    return _transformers(run.merged_model, source.name, record.base_model.tokenizer_fingerprint, device)
 
 
 def _exported(run: RunFolder, merged: dict[str, str]) -> Path | None:
@@ -170,20 +172,27 @@ def _exported(run: RunFolder, merged: dict[str, str]) -> Path | None:
     return None
 
 
-def _transformers(folder: Path, name: str, fingerprint: str | None) -> GrammarEngine:
+def _transformers(folder: Path, name: str, fingerprint: str | None, device: str | None) -> GrammarEngine:
     set_up_libraries()
     from conversation.answering.reading import TransformersMemory
+    from conversation.models.device import use_device
     from conversation.models.merged_model import load_verified
 
+    used = str(use_device(device))
     model, tokenizer = load_verified(folder, fingerprint)
     longest = getattr(model.config, "max_position_embeddings", CONTEXT)
     program = f"transformers, FP32, {model.device.type}"
     vocabulary = TransformersVocabulary(tokenizer)
-    return GrammarEngine(name, program, min(CONTEXT, longest), vocabulary, lambda: TransformersMemory(model))
+    return GrammarEngine(name, program, used, min(CONTEXT, longest), vocabulary, lambda: TransformersMemory(model))
 
 
-def _llama_cpp(path: Path, name: str) -> GrammarEngine:
+def _llama_cpp(path: Path, name: str, device: str | None) -> GrammarEngine:
     """Raises UserError when the file is no GGUF, is of another model, or has another tokenizer than the training."""
+    if device == "cuda":
+        raise UserError(
+            f"--device cuda, but llama.cpp computes on the CPU here, and {shown(path)} is for llama.cpp",
+            "leave --device out, or name a merged folder with --model",
+        )
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{shown(path)} is not a GGUF file", "export_conversation_model.py makes one")
@@ -202,7 +211,8 @@ def _llama_cpp(path: Path, name: str) -> GrammarEngine:
     exact = model.metadata("general.file_type") == "0"  # all FP32
     model.make_context(CELLS, SEQUENCES, exact, threads())
     program = f"llama.cpp, {model.metadata('general.size_label') or path.suffix}"
-    return GrammarEngine(name, program, min(CONTEXT, model.longest), vocabulary, LlamaMemories(model).empty)
+    context = min(CONTEXT, model.longest)
+    return GrammarEngine(name, program, "cpu (llama.cpp)", context, vocabulary, LlamaMemories(model).empty)
 
 
 def threads() -> int:

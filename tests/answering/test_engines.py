@@ -313,6 +313,13 @@ def test_a_file_that_is_no_model_of_ours_is_refused_in_a_sentence(tmp_path, merg
         open_engine(other)
 
 
+def test_it_computes_where_the_flag_says_or_says_why_not(merged, in_f32):
+    assert open_engine(merged, "cpu").device == "cpu (as --device says)"
+    assert open_engine(in_f32, "cpu").device == "cpu (llama.cpp)"
+    with pytest.raises(UserError, match=r"--device cuda, but llama\.cpp computes on the CPU here"):
+        open_engine(in_f32, "cuda")
+
+
 @pytest.mark.standin
 @pytest.mark.slow
 def test_the_real_model_says_the_same_ids_in_both_programs(standin_folder, tmp_path):

@@ -66,7 +66,7 @@ def test_it_leaves_verified_files_a_modelfile_a_grammar_and_a_section_of_the_rep
     f32, q8_0 = export.files
     assert f32.equal_tokens == f32.tokens and f32.equal_answers == 23 and f32.largest_gap == 0
     assert f32.survived == 1 and 0 < q8_0.share_of_error <= 1 and q8_0.equal_tokens > 0.5 * q8_0.tokens
-    assert said.startswith("Needs ") and "of disk (f32 " in said and "minutes" in said
+    assert "\nDevice: cpu (" in said and said.startswith("Needs ") and "of disk (f32 " in said and "minutes" in said
     assert (run.exported / "Modelfile").read_text().startswith("FROM ./conversation-2026-01-02-f32.gguf\n")
     assert "root ::= text{1,4} choice{3}" in (run.exported / "conversation.gbnf").read_text()
     report = run.report.read_text()
@@ -76,6 +76,7 @@ def test_it_leaves_verified_files_a_modelfile_a_grammar_and_a_section_of_the_rep
 def test_a_run_is_then_answered_for_by_its_q8_0_file(exported):
     run, _ = exported
     engine = open_engine(run.path)
+    assert engine.device == "cpu (llama.cpp)"
     assert engine.name == "2026-01-02, q8_0" and engine.engine.startswith("llama.cpp")
     alone = open_engine(run.exported / "conversation-2026-01-02-q8_0.gguf")
     assert engine.answer(Prompt("Why?")) == alone.answer(Prompt("Why?"))

@@ -30,7 +30,7 @@ sys.path[:0] = [{project!r}, {project!r} + "/tests"]
 import conversation.answering as package, types
 engines = types.ModuleType("conversation.answering.engines")
 from served import FakeEngine
-def open_engine(source):
+def open_engine(source, device):
     engine = FakeEngine({pace})
     return engine
 engines.open_engine = open_engine
@@ -111,6 +111,7 @@ def test_it_says_address_and_model_and_that_there_is_no_browser(tmp_path):
     served.lines.append(served.process.stdout.readline())
     _, out, _ = served.end()
     assert f"Loading {tmp_path}" in out and f"Ready: http://127.0.0.1:{served.port}/" in out
+    assert "Device: cpu (fake)\nReady: " in out
     assert "No browser was found here: open that address yourself." in out
     quiet = Served(tmp_path, "--port", 0, "--no_browser")
     assert "browser" not in quiet.end()[1].replace("no_browser", "")
