@@ -29,7 +29,7 @@ STOCK_FORMS = {
     "origin": ("Who said that?", "Who invented it?", "Where does the name come from?"),
 }
 """Short questions that fit any topic, by kind. Two more kinds name a thing of the topic: `vs` ("vs a semaphore?") and
-`own` ("Who may release it?")."""
+`own` ("What if a thread forgets to unlock?")."""
 
 _STOCK = frozenset(form.casefold() for forms in STOCK_FORMS.values() for form in forms)
 _WEIGHT = {"example": 8, "how": 4.5, "why": 4, "own": 4, "vs": 3, "limit": 2.5, "use": 2.5, "origin": 1}

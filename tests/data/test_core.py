@@ -237,6 +237,12 @@ def test_the_card_shows_a_core_tree_as_it_is(trees):
     assert shown == {**whole, "nodes": {name: whole["nodes"][name] for name in shown["nodes"]}}
 
 
+def test_the_card_shows_an_expert_example_as_it_is():
+    text = (CORE_TREES.parent / "README.md").read_text(encoding="utf-8")
+    (shown,) = (part for part in text.split("```\n") if part.startswith("<start_of_turn>developer"))
+    assert shown.rstrip("\n") in {example.text for example in read_training_data(EXPERT_TREES)}
+
+
 def test_the_card_tells_the_marks_of_the_judges(card, trees, scores):
     places = [(row["domain"], row["topic"]) for row in scores]
     assert places == sorted(set(places)) and set(places) == {(tree.domain, tree.name) for tree in trees}
