@@ -71,7 +71,7 @@ class TrainingConfig:
         f"one of the project's own sets ({', '.join(DATA_SETS)}), a folder of conversation trees, a JSONL or Parquet "
         "file, or a data set of the hub as owner/name:split",
     )
-    domains: str = setting("", "train on these domains of the trees only, separated by commas (default: all)")
+    domains: str = setting("", "train on these domains of the trees only, separated by commas; none: on all")
     loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
     step: str = setting(
         "auto",

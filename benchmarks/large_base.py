@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Train and merge a large base under a memory limit: does it fit, and was the memory plan right?
 
-    benchmarks/large_base.py WORK_FOLDER --tokenizer MODEL_FOLDER            Qwen2.5-1.5B's shape, random weights
-    benchmarks/large_base.py WORK_FOLDER --tokenizer MODEL_FOLDER --limit_gb 6
+    .venv/bin/python benchmarks/large_base.py WORK_FOLDER --tokenizer MODEL_FOLDER --limit_gb 6
 
 The base has the public configuration of Qwen2.5-1.5B and random bfloat16 weights. It is trained for two steps of eight
 of the project's examples and merged, each in a process of its own. With --limit_gb a control group of its own (Linux,

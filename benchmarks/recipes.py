@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Try recipes: train, take the figures that need no generated answer, add a line to benchmarks/recipes.jsonl.
 
-    benchmarks/recipes.py --name rate-4e-4 -- --recipe demo --learning_rate 4e-4     one trial
-    benchmarks/recipes.py --table                                                    all trials, as a Markdown table
+    .venv/bin/python benchmarks/recipes.py --name rate-4e-4 -- --recipe demo --learning_rate 4e-4     one trial
+    .venv/bin/python benchmarks/recipes.py --table                                                    all trials, as a Markdown table
 
 What follows `--` are flags of train_conversation.py. The run folder is training-runs/trials/NAME; a trial that was
 stopped goes on with the same command. The figures are the losses by kind of token of evaluate_conversation_model.py: on
@@ -105,12 +105,12 @@ def held_out_sets(targets: list[str]) -> dict[str, list[HeldOutCase]]:
 def table(trials: list[dict[str, Any]]) -> str:
     """A Markdown table, a row per trial."""
     names = ("training", "known", "unseen")
-    header = ["trial", "steps", "examples", "minutes", "loss at the end"]
+    header = ["trial", "steps", "examples", "minutes", "last window"]
     header += [f"fragments, {name}" for name in names] + [f"targets, {name}" for name in names]
     rows = []
     for trial in trials:
         losses = trial["losses"]
-        row = [trial["name"], trial["steps"], trial["examples"], trial["minutes"], f"{trial['held_out_loss']:.3f}"]
+        row = [trial["name"], trial["steps"], trial["examples"], trial["minutes"], f"{trial['last_window_loss']:.3f}"]
         row += [
             f"{losses[name][kind]:.2f}" if name in losses else "-"
             for kind in ("fragments", "targets")

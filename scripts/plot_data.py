@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Draw the pictures of data/README.md: statistics.png of the expert trees, core_statistics.png of the core set."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Do the answers answer their questions? A development check with a small sentence-embedding model.
 
     python -m scripts.relevance                                          our trees

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Words in the conversation trees that are not in a word list, for a person to check. Gates nothing.
 
 Needs requirements-data.txt (pyspellchecker has the list). Most of the output is names, code and technical terms. Words
