@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Try recipes: train, take the figures that need no generated answer, add a line to benchmarks/recipes.jsonl.
 
-    .venv/bin/python benchmarks/recipes.py --name rate-4e-4 -- --recipe demo --learning_rate 4e-4     one trial
-    .venv/bin/python benchmarks/recipes.py --table                                                    all trials, as a Markdown table
+    .venv/bin/python benchmarks/recipes.py --name rate-4e-4 -- --demo --learning_rate 4e-4     one trial
+    .venv/bin/python benchmarks/recipes.py --table      all trials, as a Markdown table
 
 What follows `--` are flags of train_conversation.py. The run folder is training-runs/trials/NAME; a trial that was
 stopped goes on with the same command. The figures are the losses by kind of token of evaluate_conversation_model.py: on

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What made the second version of the original system work: the tokenizer's flag, or more epochs?
 
-    .venv/bin/python benchmarks/what_made_it_work.py                        120 examples, 3 and 7 epochs (about half an hour on 2 cores)
-    .venv/bin/python benchmarks/what_made_it_work.py --examples 600         near the original: 609 lines (2.5 hours)
+    .venv/bin/python benchmarks/what_made_it_work.py                   120 examples (about half an hour on 2 cores)
+    .venv/bin/python benchmarks/what_made_it_work.py --examples 600    near the original: 609 lines (2.5 hours)
 
 The system that this project implements is described with two trainings: 3 epochs without `fix_mistral_regex`, reported
 loss 1.77, and 7 epochs with it, reported loss 0.75. Two things changed at once. This comparison changes one at a time:
