@@ -26,6 +26,19 @@ def test_shares():
     assert figures.distinct_2([answer("a b c", "a b")]) == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("It's just that.", set()),
+        ("Don't. They’re his, and we'll see; I'd say he's won't.", {"see"}),
+        ("Bayes's rule isn't Euler's.", {"bayes", "rule", "euler"}),
+        ("O'Brien's rock'n'roll, state-of-the-art", {"o'brien", "rock'n'roll", "state-of-the-art"}),
+    ],
+)
+def test_a_contraction_is_no_content_word(text, words):
+    assert figures.content_words(text) == words
+
+
 def test_nothing_to_count_is_none():
     for figure in (figures.equal_fragments, figures.stock_only, figures.distinct_2, figures.confidence_spread):
         assert figure([]) is None
