@@ -40,8 +40,9 @@ SHORT = 4  # a short evaluation asks every fourth pair of a root question and a 
 
 def main() -> int:
     args = parse_flags()
+    if args.compare or args.model:
+        check_can_be_written(args.output)  # 20 minutes before it is needed
     if args.compare:
-        check_can_be_written(args.output)
         runs = [RunFolder(path.resolve()) for path in args.compare]
         print(comparison_table(runs))
         draw_comparison(runs, args.output.with_suffix(".png"))
@@ -49,26 +50,27 @@ def main() -> int:
         return 0
     if args.model:
         folder = args.model.resolve()
-        check_can_be_written(args.output)  # 20 minutes before it is needed
         evaluation = evaluate(args, folder, folder.name)
+        print(f"\n{figures_table({folder.name: evaluation})}")  # first: the file may not be written
         write_evaluation(evaluation, args.output)
-        print(f"\n{figures_table({folder.name: evaluation})}\nWritten: {shown(args.output)}")
+        print(f"Written: {shown(args.output)}")
         return 0
     run = chosen_run(args.run_dir)
     record = run.read()
-    run.check_merged(record)
-    reason = why_evaluate_again(run, args) if args.resume else ""
-    if reason is None:
-        print("The model is evaluated already.")
-        return 0
-    if reason:
-        print(f"Evaluating, as {reason}.")
     with locked_folder(run.path), logged_console(run.console_log):  # published or not: an evaluation is added
-        fingerprint = record.base_model.tokenizer_fingerprint
-        evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
-        write_evaluation(evaluation, run.evaluation)
-        write_report(run)
-        print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
+        run.check_merged(record)
+        reason = why_evaluate_again(run, args) if args.resume else ""
+        if reason is None:
+            print("The model is evaluated already.")
+        else:
+            if reason:
+                print(f"Evaluating, as {reason}.")
+            fingerprint = record.base_model.tokenizer_fingerprint
+            evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
+            print(f"\n{figures_table({run.path.name: evaluation})}")
+            write_evaluation(evaluation, run.evaluation)
+        write_report(run)  # always: an earlier process may have ended between the two
+        print(f"Report: {shown(run.report)}")
     return 0
 
 

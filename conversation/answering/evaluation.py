@@ -200,7 +200,7 @@ def _evaluated(
         right_of_five=is_right,
         follow_up_rank=rank,
         expected_confidences=confidences,
-        rank_agreement=figures.rank_agreement(confidences, theirs) if confidences else None,
+        rank_agreement=figures.kendall_tau(confidences, theirs) if confidences else None,
         brier_score=_rounded(figures.brier_score(confidences, case.followed)) if confidences else None,
         answer_relevance=_rounded(of_answer),
         follow_up_relevance=_rounded(of_follow_ups),

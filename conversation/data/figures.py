@@ -1,7 +1,7 @@
 """Figures of a model's answers: repetition, stock follow-ups, confidences. Answers in, numbers out.
 
 Most are a share in [0, 1] over valid answers, or None where there are none; how many are valid is a figure of its own.
-`confidence_spread` is a mean difference of such answers. `brier_score` and `rank_agreement` are of one question, whose
+`confidence_spread` is a mean difference of such answers. `brier_score` and `kendall_tau` are of one question, whose
 answer need not be valid: they are taken of confidences that the model expects (`answering.knowledge`).
 """
 
@@ -105,7 +105,7 @@ def brier_score(confidences: Sequence[float], followed: int) -> float:
     return sum((value / total - (i == followed)) ** 2 for i, value in enumerate(confidences))
 
 
-def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> float:
+def kendall_tau(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Kendall's tau-a of two sequences of numbers: 1 for the same order, -1 for the reverse (Kendall 1938).
 
     Three equal confidences give 0. In every held-out case of data/evaluation the confidences fall, as in the training

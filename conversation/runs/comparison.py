@@ -124,14 +124,15 @@ def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
 
 
 def _grouped_bars(axes, labels: Sequence[str], bars: Mapping[str, Sequence[float | None]], form: str) -> None:
-    """A group of bars for each label. A figure that is missing has "-" in the place of its bar."""
+    """Horizontal bars beside each label. What was not measured has no bar, and "-" in its place."""
     height = 0.8 / len(bars)
     for number, (name, values) in enumerate(bars.items()):
         places = [place + (number - (len(bars) - 1) / 2) * height for place in range(len(labels))]
         drawn = axes.barh(
             places, [value or 0.0 for value in values], height * 0.9, label=name, color=COLOURS[number % len(COLOURS)]
         )
-        axes.bar_label(drawn, ["-" if value is None else form.format(value) for value in values], padding=2, fontsize=7)
+        said = ["-" if value is None else form.format(value) for value in values]
+        axes.bar_label(drawn, said, padding=2, fontsize=7)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.margins(x=0.12)

@@ -165,7 +165,7 @@ def check(path: Path, how: Decoding, short: bool = False, embeddings: bool = Tru
         assert answer["expected_confidences"] == (list(confidences[i]) if confidences[i] else None)
         if confidences[i]:
             truth = [each.probability for each in case.answer.follow_ups]
-            assert answer["rank_agreement"] == figures.rank_agreement(confidences[i], truth)
+            assert answer["rank_agreement"] == figures.kendall_tau(confidences[i], truth)
             assert answer["brier_score"] == pytest.approx(figures.brier_score(confidences[i], case.followed), abs=1e-4)
         else:
             assert answer["rank_agreement"] is answer["brier_score"] is None

@@ -86,8 +86,8 @@ def test_the_rows_on_confidences_tell_what_is_had_for_nothing():
     thirds = {round(figures.brier_score((1, 1, 1), case.followed), 3) for case in cases}
     assert thirds == {0.667} and "thirds: 0.667" in comparison.NAMES["brier_score"]
     data = [[each.probability for each in case.answer.follow_ups] for case in cases]
-    assert {figures.rank_agreement((1, 1, 1), theirs) for theirs in data} == {0}
-    assert {figures.rank_agreement((3, 2, 1), theirs) for theirs in data} == {1}
+    assert {figures.kendall_tau((1, 1, 1), theirs) for theirs in data} == {0}
+    assert {figures.kendall_tau((3, 2, 1), theirs) for theirs in data} == {1}
     name = comparison.NAMES["confidence_rank_agreement"]
     assert "thirds: 0" in name and "all here do: 1" in name
 
