@@ -28,7 +28,7 @@ from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.comparison import comparison_table, draw_comparison, figures_table
 from conversation.runs.console import logged_console
 from conversation.runs.evaluation_record import Evaluation, read_evaluation, write_evaluation
-from conversation.runs.files import shown
+from conversation.runs.files import check_can_be_written, shown
 from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.report import write_report
@@ -40,6 +40,8 @@ SHORT = 4  # a short evaluation asks every fourth pair of a root question and a 
 
 def main() -> int:
     args = parse_flags()
+    if args.compare or args.model:
+        check_can_be_written(args.output)  # 20 minutes before it is needed
     if args.compare:
         runs = [RunFolder(path.resolve()) for path in args.compare]
         print(comparison_table(runs))
@@ -49,24 +51,26 @@ def main() -> int:
     if args.model:
         folder = args.model.resolve()
         evaluation = evaluate(args, folder, folder.name)
+        print(f"\n{figures_table({folder.name: evaluation})}")  # first: the file may not be written
         write_evaluation(evaluation, args.output)
-        print(f"\n{figures_table({folder.name: evaluation})}\nWritten: {shown(args.output)}")
+        print(f"Written: {shown(args.output)}")
         return 0
     run = chosen_run(args.run_dir)
     record = run.read()
-    run.check_merged(record)
-    reason = why_evaluate_again(run) if args.resume else ""
-    if reason is None:
-        print("The model is evaluated already.")
-        return 0
-    if reason:
-        print(f"Evaluating, as {reason}.")
     with locked_folder(run.path), logged_console(run.console_log):  # published or not: an evaluation is added
-        fingerprint = record.base_model.tokenizer_fingerprint
-        evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
-        write_evaluation(evaluation, run.evaluation)
-        write_report(run)
-        print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
+        run.check_merged(record)
+        reason = why_evaluate_again(run, args) if args.resume else ""
+        if reason is None:
+            print("The model is evaluated already.")
+        else:
+            if reason:
+                print(f"Evaluating, as {reason}.")
+            fingerprint = record.base_model.tokenizer_fingerprint
+            evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
+            print(f"\n{figures_table({run.path.name: evaluation})}")
+            write_evaluation(evaluation, run.evaluation)
+        write_report(run)  # always: an earlier process may have ended between the two
+        print(f"Report: {shown(run.report)}")
     return 0
 
 
@@ -78,20 +82,38 @@ def parse_flags() -> argparse.Namespace:
     which.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="run folders to compare")
     parser.add_argument("--resume", action="store_true", help="do nothing when the run is evaluated already")
     parser.add_argument("--short", action="store_true", help="26 questions, no sampled answers, no embeddings")
-    parser.add_argument("--decoding", choices=DECODINGS, default="greedy", help="how to answer (default: greedy)")
+    parser.add_argument("--decoding", choices=DECODINGS, help="how to answer (default: greedy)")
     parser.add_argument(
-        "--output", type=Path, default=Path("evaluation.json"), help="with --model and --compare: where the result goes"
+        "--output", type=Path, help="with --model and --compare: where the result goes (default: evaluation.json)"
     )
     add_device_flag(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_together(args)
+    args.output = args.output or Path("evaluation.json")
+    args.decoding = args.decoding or "greedy"
+    return args
 
 
-def why_evaluate_again(run: RunFolder) -> str | None:
-    """The reason to evaluate on --resume; None when there is an evaluation that can be read."""
+def check_together(args: argparse.Namespace) -> None:
+    """Raises UserError for a flag that would have no effect beside the others."""
+    what = "--compare" if args.compare else "--model" if args.model else "a run, which has its own place for it"
+    without_effect = {"--compare": ("resume", "short", "decoding", "device"), "--model": ("resume",)}
+    for name in without_effect.get(what, ("output",)):
+        if getattr(args, name):
+            raise UserError(f"--{name} does not go with {what}", "leave it out")
+
+
+def why_evaluate_again(run: RunFolder, args: argparse.Namespace) -> str | None:
+    """The reason to evaluate on --resume; None when there is an evaluation that is as good as the one asked for."""
     try:
-        return None if read_evaluation(run.evaluation) else "the model has not been evaluated yet"
+        found = read_evaluation(run.evaluation)
     except UserError as error:
         return str(error)
+    if found is None:
+        return "the model has not been evaluated yet"
+    if found.decoding != args.decoding:
+        return f"the evaluation there is of {found.decoding} decoding"
+    return "only a short evaluation is there" if found.short and not args.short else None
 
 
 def evaluate(

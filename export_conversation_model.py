@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from conversation.data.examples import read_jsonl
 from conversation.data.questions import THREE_CASES, read_questions
-from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
+from conversation.errors import GO_ON, TRIED_AND_FAILED, CommandLine, UserError, run_main
 from conversation.format.gbnf import gbnf
 from conversation.format.ollama import modelfile
 from conversation.runs.export_record import Export, read_export, write_export
@@ -207,4 +207,4 @@ def metadata_of(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, hint=GO_ON)

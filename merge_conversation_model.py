@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from conversation.data.examples import read_jsonl
-from conversation.errors import CommandLine, UserError, run_main
+from conversation.errors import GO_ON, CommandLine, UserError, run_main
 from conversation.runs.files import check_disk_space, find_damage, shown
 from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.record import RunRecord
@@ -85,4 +85,4 @@ def merge(run: RunFolder, record: RunRecord, base_model: str, device: str | None
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, hint=GO_ON)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from conversation.data.examples import to_jsonl
-from conversation.errors import CommandLine, UserError, run_main
+from conversation.errors import GO_ON, CommandLine, UserError, run_main
 from conversation.runs.files import find_damage, shown, write_atomically
 from conversation.runs.folder import RunFolder, chosen_run, new_run_folder
 from conversation.runs.machine import is_first_process
@@ -165,4 +165,4 @@ def train(run: RunFolder, record: RunRecord, prepared: Prepared, model: PeftMode
 
 
 if __name__ == "__main__":
-    run_main(main, several_processes=True)
+    run_main(main, several_processes=True, hint=GO_ON)

@@ -22,7 +22,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from conversation.data.examples import read_jsonl  # noqa: E402
+from conversation.data.examples import evenly_spread, read_jsonl  # noqa: E402
 from conversation.data.questions import HeldOutCase, read_held_out  # noqa: E402
 from conversation.errors import CommandLine, UserError, run_main  # noqa: E402
 from conversation.format.calls import Example  # noqa: E402
@@ -85,7 +85,7 @@ def figures(run: RunFolder) -> dict[str, Any]:
         "minutes": round(record.training.seconds / 60, 1),
         "last_window_loss": record.training.last_window_loss,
         "held_out_loss": record.training.held_out_loss,
-        "losses": {"training": vars(scorer.losses_by_kind(training[:: max(1, len(training) // 50)][:50]))},
+        "losses": {"training": vars(scorer.losses_by_kind(evenly_spread(training, 50)))},
     }
     for name, cases in sets.items():
         if cases:

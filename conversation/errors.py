@@ -20,6 +20,8 @@ NOT_STARTED = 2  # bad flag, bad data, no model
 TRIED_AND_FAILED = 1  # a test failed, the loss was not finite
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """Signals that stop a script, beside Ctrl-C. Batch systems announce the end of the time with the last three."""
+GO_ON = "finished work is saved; go on with the same command and --resume"
+_hint_when_stopped = ""  # of the script that runs
 
 
 class UserError(Exception):
@@ -73,8 +75,7 @@ def as_user_error(error: BaseException) -> UserError | None:
         return UserError(str(error), error.hint)
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
-        hint = "finished work is saved; go on with the same command and --resume"
-        return UserError(f"stopped by {signal.Signals(number).name}", hint, 128 + number)
+        return UserError(f"stopped by {signal.Signals(number).name}", _hint_when_stopped, 128 + number)
     if isinstance(error, OSError):
         status = NOT_STARTED if error.errno in _WRONG_PATH else TRIED_AND_FAILED
         name = f": {str(error.filename)[:200]}" if error.filename else ""
@@ -113,8 +114,13 @@ def _library_not_loaded(error: BaseException) -> UserError | None:
     return UserError(f"{problem}; set here: {', '.join(shown)}", "correct or unset it")
 
 
-def run_main(main: Callable[[], int], several_processes: bool = False) -> None:
-    """Run a script's `main` and exit with its status. `several_processes`: it may be started by torchrun."""
+def run_main(main: Callable[[], int], several_processes: bool = False, hint: str = "") -> None:
+    """Run a script's `main` and exit with its status.
+
+    `several_processes`: it may be started by torchrun. `hint`: what to do when it was stopped, as `GO_ON`.
+    """
+    global _hint_when_stopped
+    _hint_when_stopped = hint
     environment.open_missing_streams()
     environment.restart_if_misled()
     for stream in (sys.stdout, sys.stderr):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.format.calls import Prompt
 from conversation.models.tokenizer import encode_prompt
 
@@ -34,16 +36,28 @@ def compare_answers(
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[tuple[Prompt, Sequence[int]]],
 ) -> Agreement:
-    """How the greedy answers of another program, as token ids, agree with the merged model."""
-    equal_answers = equal_tokens = tokens = 0
-    largest = 0.0
+    """How the greedy answers of another program, as token ids, agree with the merged model.
+
+    An answer without tokens equals none of the merged model's. Raises UserError when the merged model's own logits are
+    not finite.
+    """
+    gaps = []  # of each answer: [tokens], of logits as of log probabilities
     for prompt, answer in asked:
+        if not answer:
+            gaps.append(torch.empty(0))
+            continue
         ids = torch.tensor([[*encode_prompt(tokenizer, prompt), *answer]], device=model.device)
         logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(answer)).logits[0].float()
         said = logits.gather(1, ids[0, -len(answer) :, None])[:, 0]
-        gaps = logits.max(-1).values - said  # of logits as of log probabilities
-        tokens += len(answer)
-        equal_tokens += int((gaps == 0).sum())
-        equal_answers += bool((gaps == 0).all())
-        largest = max(largest, gaps.max().item())
-    return Agreement(len(asked), equal_answers, tokens, equal_tokens, largest)
+        gaps.append((logits.max(-1).values - said).cpu())
+    every = torch.cat([torch.zeros(1), *gaps])
+    largest = every.max().item()  # NaN if one of them is
+    if not math.isfinite(largest):
+        raise UserError("the merged model's logits are not finite", "train and merge it again", TRIED_AND_FAILED)
+    return Agreement(
+        answers=len(gaps),
+        equal_answers=sum(len(each) > 0 and bool((each == 0).all()) for each in gaps),
+        tokens=len(every) - 1,
+        equal_tokens=int((every == 0).sum()) - 1,
+        largest_gap=largest,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -24,8 +24,9 @@ from conversation.answering.knowledge import (
 )
 from conversation.answering.verdicts import Verdict, judge
 from conversation.data import figures
+from conversation.data.examples import evenly_spread
 from conversation.data.questions import Case, HeldOutCase
-from conversation.format.calls import Example, Prompt
+from conversation.format.calls import Answer, Example, Prompt
 from conversation.runs.evaluation_record import EvaluatedAnswer, Evaluation, SetFigures
 from conversation.runs.record import now
 
@@ -48,49 +49,48 @@ def evaluate(
     may be empty. `short`: no sampled answers, no embeddings.
     """
     started = time.monotonic()
-    scorer = Scorer(model, tokenizer)
-    prompts = [case.prompt for case in cases]
+    near = Relevance(short)  # first: what is broken there costs seconds
+    print(f"Asking {len(cases)} questions, {decoding.method}{'' if short else ' and sampled'} ...", flush=True)
     asked = _ask(model, tokenizer, cases, [decoding] if short else [decoding, SAMPLED])
     verdicts, sampled = asked[decoding], [None] * len(cases) if short else asked[SAMPLED]
+    print("Reading what the model knows: answers, follow-ups, confidences, losses ...", flush=True)
+    scorer = Scorer(model, tokenizer)
     held_out = [Example(case.prompt, case.answer) for case in cases]
-    trained = training[:: max(1, len(training) // len(cases))][: len(cases)]
+    trained = evenly_spread(training, len(cases))
     parts = [*parts_of_five(cases), *(part for of_case in parts_of_follow_ups(cases) for part in of_case)]
     scorer.read_ahead(parts, [*held_out, *trained])
-    right = right_of_five(scorer, cases)
-    ranks = follow_up_ranks(scorer, cases)
     expected = scorer.expected_confidences(cases)
-    answers = [
-        _evaluated(case, verdict, sample, is_right, rank, confidences)
-        for case, verdict, sample, is_right, rank, confidences in zip(
-            cases, verdicts, sampled, right, ranks, expected, strict=True
+    if near.embeddings:
+        print("Comparing questions and answers in meaning ...", flush=True)
+    measured = [
+        Measured(case, verdict, _evaluated(case, verdict, *more))
+        for case, verdict, *more in zip(
+            cases,
+            verdicts,
+            sampled,
+            right_of_five(scorer, cases),
+            follow_up_ranks(scorer, cases),
+            expected,
+            near.of_answers(verdicts),
+            near.of_follow_ups(verdicts),
+            strict=True,
         )
     ]
-    near = Relevance(short)
-    of_answers = near.similarities(prompts, [v.answer.fragments if v.answer else None for v in verdicts])
-    of_follow_ups = near.similarities(
-        prompts, [tuple(each.text for each in v.answer.follow_ups) if v.answer else None for v in verdicts]
-    )
-    sets = {}
-    for set_name in (*dict.fromkeys(case.set_name for case in cases), "all"):
-        chosen = [i for i, case in enumerate(cases) if set_name in (case.set_name, "all")]
-        sets[set_name] = _set_figures(
-            [cases[i] for i in chosen],
-            [verdicts[i] for i in chosen],
-            [answers[i] for i in chosen],
-            [of_answers[i] for i in chosen],
-            [of_follow_ups[i] for i in chosen],
-        )
+    sets = dict.fromkeys(case.set_name for case in cases)
     return Evaluation(
         model=name,
         decoding=decoding.method,
         short=short,
         finished=now(),
         seconds=round(time.monotonic() - started, 1),
-        sets=sets,
+        sets={
+            **{one: _set_figures([each for each in measured if each.case.set_name == one]) for one in sets},
+            "all": _set_figures(measured),
+        },
         question_losses=scorer.losses_by_kind(held_out),
         training_losses=scorer.losses_by_kind(trained) if training else None,
-        notes=(*_untrained(cases, training), *near.notes),
-        answers=tuple(answers),
+        notes=(*_untrained(cases, training), *_unread(expected), *near.notes),
+        answers=tuple(each.answer for each in measured),
     )
 
 
@@ -104,6 +104,14 @@ def _untrained(cases: Sequence[HeldOutCase], training: Sequence[Example]) -> tup
     if not missing:
         return ()
     return (f"{len(missing)} of {len(known)} known topics are not in this run's training data: {', '.join(missing)}.",)
+
+
+def _unread(expected: Sequence[tuple[float, ...] | None]) -> tuple[str, ...]:
+    """A note when there are answers whose expected confidences cannot be read."""
+    if not (missing := expected.count(None)):
+        return ()
+    reason = "they are read where each digit is a token of its own, and a confidence begins with 0."
+    return (f"The expected confidences of {missing} of {len(expected)} questions are left out: {reason}",)
 
 
 def _ask(
@@ -122,34 +130,46 @@ def _ask(
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
+class Measured:
+    """A held-out case, the verdict on what the model said, and both with all that was measured, for the record."""
+
+    case: HeldOutCase
+    verdict: Verdict
+    answer: EvaluatedAnswer
+
+
 class Relevance:
-    """Cosines of questions and answers; None where the embeddings are not installed, or not asked for."""
+    """Cosines of questions and valid answers; None where the embeddings are not installed, or not asked for."""
 
-    short: bool
+    def __init__(self, short: bool):
+        wanted = not short
+        self.embeddings = relevance.SentenceEmbeddings() if wanted and relevance.is_installed() else None
+        self.notes = (relevance.MISSING,) if wanted and not self.embeddings else ()
 
-    def __post_init__(self) -> None:
-        self.notes: tuple[str, ...] = ()
-        self._embeddings = None
-        if not self.short and relevance.is_installed():
-            self._embeddings = relevance.SentenceEmbeddings()
-        elif not self.short:
-            self.notes = (relevance.MISSING,)
+    def of_answers(self, verdicts: Sequence[Verdict]) -> list[float | None]:
+        """The cosine of each question, with the questions before it, and the fragments of its answer."""
+        return self._similarities(verdicts, lambda answer: answer.fragments)
 
-    def similarities(self, prompts: Sequence[Prompt], texts: Sequence[tuple[str, ...] | None]) -> list[float | None]:
-        """The cosine of each question, with the questions before it, and some texts of its answer."""
-        if self._embeddings is None:
-            return [None] * len(prompts)
-        questions = [
-            " ".join([*(line.text for line in prompt.history if line.speaker == "User"), prompt.question])
-            for prompt in prompts
+    def of_follow_ups(self, verdicts: Sequence[Verdict]) -> list[float | None]:
+        """The cosine of each question, with the questions before it, and the follow-ups of its answer."""
+        return self._similarities(verdicts, lambda answer: [each.text for each in answer.follow_ups])
+
+    def _similarities(
+        self, verdicts: Sequence[Verdict], texts: Callable[[Answer], Sequence[str]]
+    ) -> list[float | None]:
+        pairs = [
+            (_in_context(verdict.case.prompt), " ".join(texts(verdict.answer)))
+            for verdict in verdicts
+            if verdict.answer
         ]
-        chosen = [i for i, text in enumerate(texts) if text]
-        found = (
-            self._embeddings.similarities([(questions[i], " ".join(texts[i] or ())) for i in chosen]) if chosen else []
-        )
-        similar = dict(zip(chosen, found, strict=True))
-        return [similar.get(i) for i in range(len(prompts))]
+        found = iter(self.embeddings.similarities(pairs) if self.embeddings and pairs else [None] * len(pairs))
+        return [next(found) if verdict.answer else None for verdict in verdicts]
+
+
+def _in_context(prompt: Prompt) -> str:
+    """The questions so far, without the answers."""
+    return " ".join([*(line.text for line in prompt.history if line.speaker == "User"), prompt.question])
 
 
 def _evaluated(
@@ -158,7 +178,9 @@ def _evaluated(
     sample: Verdict | None,
     is_right: bool,
     rank: int,
-    confidences: tuple[float, ...],
+    confidences: tuple[float, ...] | None,
+    of_answer: float | None,
+    of_follow_ups: float | None,
 ) -> EvaluatedAnswer:
     recorded = verdict.for_record()
     theirs = [each.probability for each in case.answer.follow_ups]
@@ -178,51 +200,49 @@ def _evaluated(
         right_of_five=is_right,
         follow_up_rank=rank,
         expected_confidences=confidences,
-        rank_agreement=figures.rank_agreement(confidences, theirs),
-        brier_score=round(figures.brier_score(confidences, case.followed), 4),
+        rank_agreement=figures.kendall_tau(confidences, theirs) if confidences else None,
+        brier_score=_rounded(figures.brier_score(confidences, case.followed)) if confidences else None,
+        answer_relevance=_rounded(of_answer),
+        follow_up_relevance=_rounded(of_follow_ups),
     )
 
 
-def _set_figures(
-    cases: Sequence[HeldOutCase],
-    verdicts: Sequence[Verdict],
-    answers: Sequence[EvaluatedAnswer],
-    of_answers: Sequence[float | None],
-    of_follow_ups: Sequence[float | None],
-) -> SetFigures:
-    valid = [verdict.answer for verdict in verdicts if verdict.answer]
+def _set_figures(measured: Sequence[Measured]) -> SetFigures:
+    answers = [each.answer for each in measured]
+    valid = [each.verdict.answer for each in measured if each.verdict.answer]
     sampled = [answer for answer in answers if answer.sampled]
-
-    def rounded(value: float | None) -> float | None:
-        return None if value is None else round(value, 4)
-
-    def mean(values: Sequence[float | None]) -> float | None:
-        present = [value for value in values if value is not None]
-        return round(fmean(present), 4) if present else None
-
     return SetFigures(
-        questions=len(cases),
-        valid=rounded(figures.share(verdict.passed for verdict in verdicts)),
-        valid_sampled=rounded(figures.share(answer.sampled_problem is None for answer in sampled)),
+        questions=len(measured),
+        valid=_rounded(figures.share(each.verdict.passed for each in measured)),
+        valid_sampled=_rounded(figures.share(answer.sampled_problem is None for answer in sampled)),
         breaks=dict(Counter(answer.break_kind for answer in answers if answer.break_kind)),
-        equal_fragments=rounded(figures.equal_fragments(valid)),
-        fragments_without_news=rounded(figures.fragments_without_news(valid)),
-        distinct_follow_ups=rounded(figures.share(verdict.has_distinct_follow_ups for verdict in verdicts)),
-        distinct_2=rounded(figures.distinct_2(valid)),
-        stock_only=rounded(figures.stock_only(valid)),
-        commonest_confidences=rounded(figures.commonest_confidences(valid)),
-        confidence_spread=rounded(figures.confidence_spread(valid)),
-        right_of_five=rounded(figures.share(answer.right_of_five for answer in answers)),
-        right_of_five_roots=rounded(
-            figures.share(a.right_of_five for a, case in zip(answers, cases, strict=True) if case.is_root)
+        equal_fragments=_rounded(figures.equal_fragments(valid)),
+        fragments_without_news=_rounded(figures.fragments_without_news(valid)),
+        distinct_follow_ups=_rounded(figures.share(each.verdict.has_distinct_follow_ups for each in measured)),
+        distinct_2=_rounded(figures.distinct_2(valid)),
+        stock_only=_rounded(figures.stock_only(valid)),
+        commonest_confidences=_rounded(figures.commonest_confidences(valid)),
+        confidence_spread=_rounded(figures.confidence_spread(valid)),
+        right_of_five=_rounded(figures.share(answer.right_of_five for answer in answers)),
+        right_of_five_roots=_rounded(
+            figures.share(each.answer.right_of_five for each in measured if each.case.is_root)
         ),
-        right_of_five_follow_ups=rounded(
-            figures.share(a.right_of_five for a, case in zip(answers, cases, strict=True) if not case.is_root)
+        right_of_five_follow_ups=_rounded(
+            figures.share(each.answer.right_of_five for each in measured if not each.case.is_root)
         ),
-        follow_up_recall_at_1=rounded(figures.share(answer.follow_up_rank == 1 for answer in answers)),
-        follow_up_reciprocal_rank=mean([1 / answer.follow_up_rank for answer in answers]),
-        confidence_rank_agreement=mean([answer.rank_agreement for answer in answers]),
-        brier_score=mean([answer.brier_score for answer in answers]),
-        answer_relevance=mean(of_answers),
-        follow_up_relevance=mean(of_follow_ups),
+        follow_up_recall_at_1=_rounded(figures.share(answer.follow_up_rank == 1 for answer in answers)),
+        follow_up_reciprocal_rank=_mean([1 / answer.follow_up_rank for answer in answers]),
+        confidence_rank_agreement=_mean([answer.rank_agreement for answer in answers]),
+        brier_score=_mean([answer.brier_score for answer in answers]),
+        answer_relevance=_mean([answer.answer_relevance for answer in answers]),
+        follow_up_relevance=_mean([answer.follow_up_relevance for answer in answers]),
     )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return round(fmean(present), 4) if present else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from conversation.answering.decoding import NEUTRAL_PROMPT
 from conversation.answering.token_losses import label_log_probabilities
 from conversation.data.questions import HeldOutCase
-from conversation.format.calls import Answer, Example, FollowUp, Prompt
+from conversation.format.calls import Example, Prompt, call_pieces
 from conversation.format.control_tokens import ESCAPE
 from conversation.models.tokenizer import encode, encode_prompt
 from conversation.runs.evaluation_record import KindLosses
@@ -25,6 +27,7 @@ Part = tuple[Prompt, Sequence[str], Sequence[str]]
 NEUTRAL_FRAGMENT = "It depends."
 CANDIDATES = 5  # answers to choose the right one from
 CONFOUNDERS = 9  # follow-ups beside the true one
+_TENTHS = re.compile(r"0\.\d", re.ASCII)
 
 
 class Scorer:
@@ -60,22 +63,36 @@ class Scorer:
         means = {kind: round(sums[kind] / counts[kind], 4) for kind in counts}
         return KindLosses(examples=len(examples), **means)
 
-    def expected_confidences(self, cases: Sequence[HeldOutCase]) -> list[tuple[float, ...]]:
+    def expected_confidences(self, cases: Sequence[HeldOutCase]) -> list[tuple[float, ...] | None]:
         """The confidence that the model expects for each follow-up of the true answer, given all that precedes it.
 
-        The expectation is over the digit of the tenths, plus half a tenth; 0.05 to 0.95.
+        The expectation is over the digit of the tenths, plus half a tenth: 0.05 to 0.95. "0." is given, so that how
+        likely 1.00 is does not count. None for an answer with a confidence that does not begin so, and for all answers
+        where the tokenizer makes a token of several digits or of "0.": the tenths are then no token of their own.
         """
         sequences, kinds = self._answers([Example(case.prompt, case.answer) for case in cases])
-        results = []
-        for found, names in zip(self._read(sequences), kinds, strict=True):
+        results: list[tuple[float, ...] | None] = []
+        for case, found, names in zip(cases, self._read(sequences), kinds, strict=True):
+            if not self._reads_digits or not all(_TENTHS.match(each.confidence) for each in case.answer.follow_ups):
+                results.append(None)
+                continue
             starts = [i for i, kind in enumerate(names) if kind == "confidence" and names[i - 1] != "confidence"]
             expected = []
             for start in starts:
-                # the value is "0", ".", tenths, hundredths where digits are tokens of their own
-                p = found[start + 2, 1:].exp()
+                p = found[start + 2, 1:].exp()  # the value is "0", ".", tenths, hundredths
                 expected.append(round((p * (0.1 * p.new_tensor(range(10)) + 0.05)).sum().item() / p.sum().item(), 4))
             results.append(tuple(expected))
         return results
+
+    @cached_property
+    def _reads_digits(self) -> bool:
+        """Whether the tokenizer makes a token of each character of a confidence."""
+        zero, point = self._digits[0], encode(self._tokenizer, ["."])
+        return all(
+            encode(self._tokenizer, [f"0.{tenths}{hundredths}"]) == [zero, *point, first, second]
+            for tenths, first in enumerate(self._digits)
+            for hundredths, second in enumerate(self._digits)
+        )
 
     def _read(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """For each sequence the log probabilities [labels, 11] of its labels, and of the ten digits in their places."""
@@ -119,18 +136,21 @@ class Scorer:
         return kinds
 
 
-def _fragments_only(answer: Answer) -> list[str]:
-    """The pieces of an answer's add_text calls: its follow-ups name the topic in their targets."""
-    pieces = answer.pieces()
-    first = next(i for i, piece in enumerate(pieces) if "add_choice" in piece)
-    return pieces[: first - 1]
+def _add_texts(fragments: Sequence[str]) -> list[str]:
+    """The pieces of the add_text calls of an answer: its follow-ups would name the topic in their targets."""
+    return [piece for text in fragments for piece in call_pieces("add_text", content=text)]
+
+
+def _opened_choice(text: str) -> list[str]:
+    """The pieces of an add_choice call up to the end of its text."""
+    return call_pieces("add_choice", text=text)[:-3]
 
 
 def right_of_five(scorer: Scorer, cases: Sequence[HeldOutCase]) -> list[bool]:
     """Whether the right answer is the likeliest of five: log p(answer | question) - log p(answer | neutral question).
 
     The four others answer other questions of the same set, roots beside roots and follow-ups beside follow-ups; only
-    the fragments of an answer count (SENSE: knowledge without generation; the score is pointwise mutual information).
+    the fragments of an answer count. The score is pointwise mutual information (`scoring.scores`).
     """
     found = scorer.log_probabilities(parts_of_five(cases))
     scores = [found[i] - found[i + 1] for i in range(0, len(found), 2)]
@@ -142,7 +162,7 @@ def parts_of_five(cases: Sequence[HeldOutCase]) -> list[Part]:
     parts: list[Part] = []
     for case in cases:
         for other in _five(case, cases):
-            fragments = _fragments_only(other.answer)
+            fragments = _add_texts(other.answer.fragments)
             parts += [(case.prompt, (), fragments), (NEUTRAL_PROMPT, (), fragments)]
     return parts
 
@@ -158,7 +178,9 @@ def _five(case: HeldOutCase, cases: Sequence[HeldOutCase]) -> list[HeldOutCase]:
 def follow_up_ranks(scorer: Scorer, cases: Sequence[HeldOutCase]) -> list[int]:
     """The rank, from 1, of the follow-up that the conversation goes on with, among nine of other cases of the set.
 
-    By log p(text | question, answer) - log p(text | neutral question, neutral answer), as the first add_choice.
+    By log p(text | question, answer) - log p(text | neutral question, neutral answer), as the first add_choice. None
+    of the nine is a follow-up that the case offers itself, and which nine they are differs from case to case. Up to
+    November 2026 they were the first nine of the file, some of them the case's own: such ranks are not comparable.
     """
     parts = parts_of_follow_ups(cases)
     found = iter(scorer.log_probabilities([part for of_case in parts for part in of_case]))
@@ -172,23 +194,26 @@ def follow_up_ranks(scorer: Scorer, cases: Sequence[HeldOutCase]) -> list[int]:
 def parts_of_follow_ups(cases: Sequence[HeldOutCase]) -> list[list[Part]]:
     """What `follow_up_ranks` asks for, by case: the true follow-up first, each after the answer and the neutral one."""
     parts: list[list[Part]] = []
-    for case in cases:
+    for number, case in enumerate(cases):
         true = case.answer.follow_ups[case.followed].text
-        others = [c.answer.follow_ups[c.followed].text for c in cases if c.set_name == case.set_name and c is not case]
-        texts = [true, *[text for text in dict.fromkeys(others) if text != true][:CONFOUNDERS]]
-        before = _fragments_only(case.answer)
-        neutral = _fragments_only(Answer((NEUTRAL_FRAGMENT,), case.answer.follow_ups))
+        texts = [true, *_confounders(case, [c for c in cases if c.set_name == case.set_name], number * CONFOUNDERS)]
+        before, neutral = _add_texts(case.answer.fragments), _add_texts([NEUTRAL_FRAGMENT])
         opened = [_opened_choice(text) for text in texts]
         parts.append([part for o in opened for part in ((case.prompt, before, o), (NEUTRAL_PROMPT, neutral, o))])
     return parts
 
 
-def _opened_choice(text: str) -> list[str]:
-    """The pieces of an add_choice call up to the end of its text."""
-    answer = Answer(("x",), tuple(FollowUp(text, "0.3", f"n{i}") for i in range(3)))
-    pieces = answer.pieces()
-    first = next(i for i, piece in enumerate(pieces) if "add_choice" in piece) - 1
-    return pieces[first : pieces.index(text) + 2]
+def _confounders(case: HeldOutCase, group: Sequence[HeldOutCase], start: int) -> list[str]:
+    """Followed follow-ups of a group that the case does not offer, each once: nine in a row, or all if they are fewer.
+
+    `start`: where the row begins, counted in a circle. Letter case and outer white space do not count.
+    """
+    followed = (other.answer.follow_ups[other.followed].text for other in group)
+    others = {text.strip().casefold(): text for text in followed}
+    for own in case.answer.follow_ups:
+        others.pop(own.text.strip().casefold(), None)
+    texts = list(others.values())
+    return [texts[(start + i) % len(texts)] for i in range(min(CONFOUNDERS, len(texts)))]
 
 
 def _is_largest(scores: Sequence[float]) -> bool:

@@ -35,23 +35,32 @@ class Verdict:
     @property
     def has_distinct_follow_ups(self) -> bool:
         """Whether the answer is valid and its follow-ups differ, in text and in target."""
-        return self.passed and not self._repeated("follow-up") and not self._repeated("target")
+        return self.passed and not self.repeated_follow_ups and not self.repeated_targets
+
+    @property
+    def repeated_fragments(self) -> dict[str, int]:
+        """The fragments that a valid answer says several times, and how often."""
+        return repeated(self.answer.fragments) if self.answer else {}
+
+    @property
+    def repeated_follow_ups(self) -> dict[str, int]:
+        """The texts that several follow-ups of a valid answer have, and how many."""
+        return repeated(each.text for each in self.answer.follow_ups) if self.answer else {}
+
+    @property
+    def repeated_targets(self) -> dict[str, int]:
+        """The targets that several follow-ups of a valid answer have, and how many."""
+        return repeated(each.target for each in self.answer.follow_ups) if self.answer else {}
 
     @property
     def warnings(self) -> list[str]:
         """One sentence for each repetition in a valid answer."""
-        return [
-            f"{what} {value!r} occurs {count} times"
-            for what in ("fragment", "follow-up", "target")
-            for value, count in self._repeated(what).items()
-        ]
-
-    def _repeated(self, what: str) -> dict[str, int]:
-        if self.answer is None:
-            return {}
-        if what == "fragment":
-            return repeated(self.answer.fragments)
-        return repeated(each.text if what == "follow-up" else each.target for each in self.answer.follow_ups)
+        found = {
+            "fragment": self.repeated_fragments,
+            "follow-up": self.repeated_follow_ups,
+            "target": self.repeated_targets,
+        }
+        return [f"{what} {value!r} occurs {n} times" for what, counts in found.items() for value, n in counts.items()]
 
     @property
     def marked_output(self) -> str:

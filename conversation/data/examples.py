@@ -188,6 +188,12 @@ def to_jsonl(examples: Sequence[Example]) -> bytes:
     return "".join(json.dumps({"text": example.text}) + "\n" for example in examples).encode("ascii")
 
 
+def evenly_spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` of the examples, from the first on in steps that differ by one at most; all when they are fewer."""
+    count = min(count, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
 def root_question(example: Example) -> str:
     """The first question of the conversation: what the examples of one tree have in common."""
     return example.prompt.history[0].text if example.prompt.history else example.prompt.question

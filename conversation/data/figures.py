@@ -1,7 +1,8 @@
-"""Figures of a model's answers: repetition, stock follow-ups, confidences. Plain text in, numbers out.
+"""Figures of a model's answers: repetition, stock follow-ups, confidences. Answers in, numbers out.
 
-Each figure is a share in [0, 1], or None where there is nothing to count. They are over valid answers; how many are
-valid is a figure of its own.
+Most are a share in [0, 1] over valid answers, or None where there are none; how many are valid is a figure of its own.
+`confidence_spread` is a mean difference of such answers. `brier_score` and `kendall_tau` are of one question, whose
+answer need not be valid: they are taken of confidences that the model expects (`answering.knowledge`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ FUNCTION_WORDS = frozenset(
     when where whether which while who whose why will with within without would yet you your example""".split()
 )
 """English words that carry no content of their own, and the markers of an example."""
+_CLITIC = re.compile("['’](?:s|re|ve|ll|d|m)$")
 
 
 def share(flags: Iterable[bool]) -> float | None:
@@ -33,8 +35,12 @@ def share(flags: Iterable[bool]) -> float | None:
 
 
 def content_words(text: str) -> set[str]:
-    """The words of a text that are not function words, in lower case."""
-    return set(re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.casefold())) - FUNCTION_WORDS
+    """The words of a text that are not function words, in lower case.
+
+    A contraction counts as its first word ("it's" is "it", "Bayes's" is "bayes"), a verb with "n't" as a function word.
+    """
+    words = re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.casefold())
+    return {_CLITIC.sub("", word) for word in words if not word.endswith(("n't", "n’t"))} - FUNCTION_WORDS
 
 
 def equal_fragments(answers: Sequence[Answer]) -> float | None:
@@ -47,7 +53,10 @@ def equal_fragments(answers: Sequence[Answer]) -> float | None:
 
 
 def fragments_without_news(answers: Sequence[Answer]) -> float | None:
-    """The share of fragments after the first that add no content word to those before them in the same answer."""
+    """The share of fragments after the first that add no content word to those before them in the same answer.
+
+    Up to November 2026 contractions ("it's", "don't") counted as content words.
+    """
     return share(
         not content_words(fragment) - set().union(*map(content_words, answer.fragments[:i]))
         for answer in answers
@@ -57,7 +66,8 @@ def fragments_without_news(answers: Sequence[Answer]) -> float | None:
 
 
 def distinct_2(answers: Sequence[Answer]) -> float | None:
-    """Distinct pairs of neighbouring words over all pairs in all fragments (distinct-2 of Li et al. 2016)."""
+    """Distinct pairs of neighbouring words over all pairs in all fragments: distinct-2 of Li et al. 2016, who divide by
+    the number of words. The more answers are valid, the lower it is: compare it between as many answers only."""
     pairs = [
         pair
         for answer in answers
@@ -88,14 +98,19 @@ def confidence_spread(answers: Sequence[Answer]) -> float | None:
 def brier_score(confidences: Sequence[float], followed: int) -> float:
     """The sum over the follow-ups of (confidence - 1 for the one that is followed, 0 for another) squared (Brier 1950).
 
-    The confidences are scaled to the sum 1, as a tree follows one of the three.
+    The confidences are scaled to the sum 1, as a tree follows one of the three. Between 0 and 2, less is better: 2/3 is
+    what three equal confidences give, whichever is followed. Confidences above it are worth less than none.
     """
     total = sum(confidences) or 1.0
     return sum((value / total - (i == followed)) ** 2 for i, value in enumerate(confidences))
 
 
-def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Kendall's tau-a of two sequences of numbers: 1 for the same order, -1 for the reverse (Kendall 1938)."""
+def kendall_tau(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Kendall's tau-a of two sequences of numbers: 1 for the same order, -1 for the reverse (Kendall 1938).
+
+    Three equal confidences give 0. In every held-out case of data/evaluation the confidences fall, as in the training
+    data: any that fall give 1, whatever was asked. The figure tells that a model writes them in falling order.
+    """
     pairs = [(i, j) for i in range(len(ours)) for j in range(i)]
     signs = [(ours[i] - ours[j]) * (theirs[i] - theirs[j]) for i, j in pairs]
     return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)

@@ -29,8 +29,8 @@ NAMES = {
     "right_of_five_follow_ups": "  of follow-ups",
     "follow_up_recall_at_1": "true follow-up likeliest of ten",
     "follow_up_reciprocal_rank": "mean reciprocal rank of the true follow-up",
-    "confidence_rank_agreement": "confidences: rank agreement with the data",
-    "brier_score": "confidences: Brier score",
+    "confidence_rank_agreement": "confidences: rank agreement (thirds: 0; any that fall, as all here do: 1)",
+    "brier_score": "confidences: Brier score (thirds: 0.667; less is better)",
     "answer_relevance": "relevance of the answer (cosine)",
     "follow_up_relevance": "relevance of the follow-ups (cosine)",
 }
@@ -43,7 +43,8 @@ def figures_table(evaluations: Mapping[str, Evaluation]) -> str:
     """Every figure of some evaluations as a Markdown table: for each, its known and its unseen questions."""
     columns = [(name, key, each.sets[key]) for name, each in evaluations.items() for key in each.sets if key != "all"]
     head = [f"{name}, {key}" if len(evaluations) > 1 else f"{key} topics" for name, key, _ in columns]
-    rows = [["questions", *(str(figures.questions) for _, _, figures in columns)]]
+    rows = [["decoding", *(evaluations[name].how for name, _, _ in columns)]]
+    rows += [["questions", *(str(figures.questions) for _, _, figures in columns)]]
     rows += [[text, *(_cell(getattr(figures, field)) for *_, figures in columns)] for field, text in NAMES.items()]
     rows.append(["where invalid answers break", *(_breaks(figures) for *_, figures in columns)])
     table = _markdown(["", *head], rows)
@@ -90,7 +91,7 @@ RESULTS: dict[str, Callable[[TrainingResult], str]] = {
 
 def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Shares by set of questions, and losses by kind of token on those questions and on training examples, as a PNG."""
-    _draw({"": evaluation}, path)
+    _draw({"" if evaluation.how == "greedy" else f"{evaluation.how}:": evaluation}, path)
 
 
 def draw_comparison(runs: Sequence[RunFolder], path: Path) -> None:
@@ -99,19 +100,18 @@ def draw_comparison(runs: Sequence[RunFolder], path: Path) -> None:
     if not evaluations:
         names = ", ".join(shown(run.path) for run in runs)
         raise UserError(f"none of these runs is evaluated: {names}", "evaluate_conversation_model.py --run_dir RUN")
-    _draw(evaluations, path)
+    alike = len({each.how for each in evaluations.values()}) == 1
+    _draw({name if alike else f"{name} ({each.how})": each for name, each in evaluations.items()}, path)
 
 
 def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
     figure = new_figure(11, 4.8)
     shares, losses = figure.subplots(1, 2)
     sets = [(name, key, each.sets[key]) for name, each in evaluations.items() for key in each.sets if key != "all"]
-    bars = {
-        f"{name} {key}".strip(): [getattr(figures, field) or 0.0 for field in SHARES] for name, key, figures in sets
-    }
+    bars = {f"{name} {key}".strip(): [getattr(figures, field) for field in SHARES] for name, key, figures in sets}
     _grouped_bars(shares, [NAMES[field] for field in SHARES], bars, "{:.0%}")
     shares.set(xlim=(0, 1.12), xlabel="share", title="what the model says and knows")
-    values = {}
+    values: dict[str, list[float | None]] = {}
     for name, each in evaluations.items():
         values[f"{name} questions".strip()] = [getattr(each.question_losses, kind) for kind in LOSSES]
         if each.training_losses:
@@ -123,12 +123,16 @@ def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _grouped_bars(axes, labels: Sequence[str], bars: Mapping[str, Sequence[float]], form: str) -> None:
+def _grouped_bars(axes, labels: Sequence[str], bars: Mapping[str, Sequence[float | None]], form: str) -> None:
+    """Horizontal bars beside each label. What was not measured has no bar, and "-" in its place."""
     height = 0.8 / len(bars)
     for number, (name, values) in enumerate(bars.items()):
         places = [place + (number - (len(bars) - 1) / 2) * height for place in range(len(labels))]
-        drawn = axes.barh(places, values, height * 0.9, label=name, color=COLOURS[number % len(COLOURS)])
-        axes.bar_label(drawn, [form.format(value) for value in values], padding=2, fontsize=7)
+        drawn = axes.barh(
+            places, [value or 0.0 for value in values], height * 0.9, label=name, color=COLOURS[number % len(COLOURS)]
+        )
+        said = ["-" if value is None else form.format(value) for value in values]
+        axes.bar_label(drawn, said, padding=2, fontsize=7)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.margins(x=0.12)

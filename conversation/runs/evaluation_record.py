@@ -13,7 +13,10 @@ from conversation.runs.record import from_json
 
 @dataclass(frozen=True)
 class EvaluatedAnswer:
-    """A held-out question, what the model said (greedy), and what the figures were taken of. JSON's names for parts."""
+    """A held-out question, what the model said by the evaluation's decoding, and what the figures were taken of.
+
+    JSON's names for parts. None: not measured, as relevance in a short evaluation.
+    """
 
     set_name: str
     domain: str
@@ -29,9 +32,11 @@ class EvaluatedAnswer:
     sampled: bool
     right_of_five: bool
     follow_up_rank: int
-    expected_confidences: tuple[float, ...]
-    rank_agreement: float
-    brier_score: float
+    expected_confidences: tuple[float, ...] | None
+    rank_agreement: float | None
+    brier_score: float | None
+    answer_relevance: float | None = None
+    follow_up_relevance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,11 @@ class KindLosses:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """evaluation.json: figures by set ("known", "unseen", "all"), losses by kind of token, answers."""
+    """evaluation.json: figures by set ("known", "unseen", "all"), losses by kind of token, answers.
+
+    `training_losses`: of as many training examples as there are questions, evenly spread over them; up to November 2026
+    they could be the first ones only.
+    """
 
     model: str
     decoding: str
@@ -86,6 +95,11 @@ class Evaluation:
     training_losses: KindLosses | None
     notes: tuple[str, ...]
     answers: tuple[EvaluatedAnswer, ...]
+
+    @property
+    def how(self) -> str:
+        """How the questions were asked: figures of evaluations that differ in this are not comparable."""
+        return f"{self.decoding}, short" if self.short else self.decoding
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:

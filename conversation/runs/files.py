@@ -19,9 +19,27 @@ OLD = ".old.part"
 LARGE = 2**26  # bytes; to read so large a file takes longer than a tick of the system's clock
 
 
+def check_can_be_written(path: Path) -> None:
+    """Raises UserError unless `write_atomically` could write this file now."""
+    try:
+        if not path.exists() or path.is_file():  # "." and the like are folders
+            _part(path).touch()
+            _part(path).unlink()
+            return
+        problem = "it is not a file"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    raise UserError(f"{path} cannot be written: {problem}", "name a file in a folder that exists and is writable")
+
+
+def _part(path: Path) -> Path:
+    """The file that becomes this one when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file. At every moment it has the old content or the whole new one. Raises UserError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file and cannot be replaced", "name another")
     try:

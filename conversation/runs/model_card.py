@@ -15,6 +15,8 @@ from conversation.runs.record import RunRecord
 from conversation_config import DATA_SETS, STAND_IN
 
 CARD = "README.md"
+EVALUATED = {"valid": "accuracy", "right_of_five": "accuracy", "answer_relevance": "cosine_similarity"}
+"""The figures of an evaluation that a card tells, and the hub's types of them."""
 STAND_IN_ORIGIN = "google/gemma-3-270m"  # on the hub; the stand-in is a 4-bit quantization of it
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
@@ -95,9 +97,10 @@ def _metrics(run: RunFolder, record: RunRecord) -> list[tuple[str, str, str, flo
     with contextlib.suppress(UserError):  # a broken one: the report names it
         evaluation = read_evaluation(run.evaluation)
     for name, figures in (evaluation.sets if evaluation else {}).items():
-        for metric in ("valid", "right_of_five", "answer_relevance"):
+        how = "" if evaluation is None or evaluation.how == "greedy" else f" ({evaluation.how})"
+        for metric, kind in EVALUATED.items():
             if (value := getattr(figures, metric)) is not None:
-                found.append((f"evaluation questions, {name}", "accuracy", metric.replace("_", " "), round(value, 4)))
+                found.append((f"evaluation questions, {name}{how}", kind, metric.replace("_", " "), round(value, 4)))
     return found
 
 

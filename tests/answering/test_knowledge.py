@@ -1,5 +1,6 @@
 """What a model holds likely is what its plain forward pass says; the figures find the right answer when it is there."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,13 @@ from tokenizers import pre_tokenizers
 
 from conversation.answering import knowledge, scoring, token_losses
 from conversation.answering.token_losses import label_log_probabilities
-from conversation.data.questions import HeldOutCase
+from conversation.data.questions import HeldOutCase, read_held_out
 from conversation.format.calls import Answer, Example, FollowUp, Prompt
+from conversation.format.control_tokens import ESCAPE
 from conversation.models.tokenizer import decode, encode, encode_example, encode_prompt, load_tokenizer
 from conversation.models.weights import load_model
 from conversation.training.prefix_tree import TokenSequence
+from conversation_config import EVALUATION_QUESTIONS
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +130,41 @@ def test_the_five_candidates_are_five_answers_whatever_the_size_of_the_set(size)
         assert five[0] is case and len({other.topic for other in five}) == knowledge.CANDIDATES
 
 
-def test_expected_confidences_are_read_at_the_digit_of_the_tenths(tiny_folder, monkeypatch):
-    tokenizer = load_tokenizer(tiny_folder)  # as in Gemma, each digit becomes a token of its own
+def test_no_follow_up_that_the_case_offers_is_among_the_wrong_ones_and_they_are_spread_over_the_file():
+    held_out = [case for path in EVALUATION_QUESTIONS for case in read_held_out(path)]
+    used = Counter()
+    for case, parts in zip(held_out, knowledge.parts_of_follow_ups(held_out), strict=True):
+        texts = [pieces[-2] for _, _, pieces in parts[::2]]
+        assert len({text.casefold() for text in texts}) == len(texts) == 1 + knowledge.CONFOUNDERS
+        assert texts[0] == case.answer.follow_ups[case.followed].text
+        assert not {each.text.casefold() for each in case.answer.follow_ups} & {text.casefold() for text in texts[1:]}
+        used.update(texts[1:])
+    followed = {case.answer.follow_ups[case.followed].text for case in held_out}
+    assert len(used) > 0.9 * len(followed) and used.most_common(1)[0][1] <= 50
+
+
+def test_parts_of_answers_are_their_pieces_whatever_the_words(loaded):
+    texts = ("Use add_choice, then add_text.", "x", "call:add_choice{text:", "add_text")
+    answer = Answer(texts, tuple(FollowUp(text, "0.5", "a") for text in ("x", "add_choice?", "text:")))
+    before, (first, *_) = knowledge._add_texts(texts), answer.follow_ups
+    opened = knowledge._opened_choice(first.text)
+    pieces = answer.pieces()
+    assert pieces[: len(before) + len(opened)] == before + opened and opened[-2:] == ["x", ESCAPE]
+    assert "".join(pieces[len(before) + len(opened) :]).startswith(",confidence:")
+
+
+def with_digits_apart(folder):
+    """The folder's tokenizer, but as in Gemma's each digit becomes a token of its own."""
+    tokenizer = load_tokenizer(folder)
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [tokenizer.backend_tokenizer.pre_tokenizer, digits]
     )
+    return tokenizer
+
+
+def test_expected_confidences_are_read_at_the_digit_of_the_tenths(tiny_folder, monkeypatch):
+    tokenizer = with_digits_apart(tiny_folder)
     zero, point = (encode(tokenizer, [text])[0] for text in "0.")
 
     def sure_of_seven(model, sequences, digits):
@@ -148,6 +180,17 @@ def test_expected_confidences_are_read_at_the_digit_of_the_tenths(tiny_folder, m
 
     monkeypatch.setattr(knowledge, "label_log_probabilities", sure_of_seven)
     assert knowledge.Scorer(None, tokenizer).expected_confidences(cases(3)) == [(0.75, 0.75, 0.75)] * 3
+    certain = replace(cases(1)[0].answer.follow_ups[0], confidence="1.00")
+    answer = replace(cases(1)[0].answer, follow_ups=(certain, *cases(1)[0].answer.follow_ups[1:]))
+    with_one = [replace(cases(1)[0], answer=answer), *cases(2)[1:]]  # "1.00" has no digit behind "0."
+    assert knowledge.Scorer(None, tokenizer).expected_confidences(with_one) == [None, (0.75, 0.75, 0.75)]
+
+
+def test_no_confidence_is_expected_where_a_token_holds_several_digits(loaded):
+    """As the tests' own tokenizer, and that of Llama 3: what stands behind "0." is not the digit of the tenths."""
+    model, tokenizer = loaded
+    assert len(encode(tokenizer, ["0.55"])) < 4
+    assert knowledge.Scorer(model, tokenizer).expected_confidences(cases(3)) == [None] * 3
 
 
 def test_an_example_given_twice_is_computed_once(loaded, monkeypatch):
@@ -165,7 +208,8 @@ def test_an_example_given_twice_is_computed_once(loaded, monkeypatch):
     assert len(computed) == 1 and twice == replace(once, examples=2)
 
 
-def test_what_is_read_ahead_in_one_pass_is_read_no_more_and_is_the_same(loaded, monkeypatch):
+def test_what_is_read_ahead_in_one_pass_is_read_no_more_and_is_the_same(loaded, tiny_folder, monkeypatch):
+    loaded = loaded[0], with_digits_apart(tiny_folder)
     eight, examples = cases(8), easy_lines()[:3]
 
     def figures(scorer):

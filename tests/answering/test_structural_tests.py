@@ -27,9 +27,21 @@ def test_a_valid_answer_passes(loaded):
 
 
 def test_three_equal_follow_ups_pass_with_a_warning(loaded):
-    answer = Answer(("A.",), 3 * (FollowUp("Example?", "0.5", "example"),))
+    answer = Answer(("A.", "a. "), 3 * (FollowUp("Example?", "0.5", "example"),))
     verdict = judge(CASE, loaded, tokenizer.encode(loaded, answer.pieces()))
-    assert verdict.passed and not verdict.has_distinct_follow_ups and len(verdict.warnings) == 2
+    assert verdict.passed and not verdict.has_distinct_follow_ups
+    assert verdict.warnings == [
+        "fragment 'a.' occurs 2 times",
+        "follow-up 'example?' occurs 3 times",
+        "target 'example' occurs 3 times",
+    ]
+
+
+@pytest.mark.parametrize("texts, targets", [("AAB", "xyz"), ("ABC", "xyx"), ("ABa", "xyz")])
+def test_follow_ups_differ_when_their_texts_do_and_their_targets(loaded, texts, targets):
+    follow_ups = tuple(FollowUp(f"{text}?", "0.5", target) for text, target in zip(texts, targets, strict=True))
+    verdict = judge(CASE, loaded, tokenizer.encode(loaded, Answer(("A.",), follow_ups).pieces()))
+    assert verdict.passed and not verdict.has_distinct_follow_ups
 
 
 def test_an_answer_that_never_ends_fails_and_is_shown_with_the_place(loaded):

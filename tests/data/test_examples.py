@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conversation.data.examples import (
+    evenly_spread,
     parse_line,
     read_data,
     read_jsonl,
@@ -43,6 +44,14 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path, real_lines):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(real_lines[:3]).encode() + b"\r\n")
     assert len(read_jsonl(path)) == 3
+
+
+@pytest.mark.parametrize(("examples", "count"), [(199, 100), (899, 100), (100, 100), (7, 100), (0, 5), (5, 1)])
+def test_some_examples_are_spread_evenly_over_all(examples, count):
+    found = evenly_spread(range(examples), count)
+    assert len(found) == min(examples, count)
+    steps = {after - before for before, after in zip([*found, examples], [*found, examples][1:], strict=False)}
+    assert not found or (found[0] == 0 and max(steps) - min(steps) <= 1 and min(steps) > 0)
 
 
 BAD_LINES = {

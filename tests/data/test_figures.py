@@ -26,15 +26,28 @@ def test_shares():
     assert figures.distinct_2([answer("a b c", "a b")]) == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("It's just that.", set()),
+        ("Don't. They’re his, and we'll see; I'd say he's won't.", {"see"}),
+        ("Bayes's rule isn't Euler's.", {"bayes", "rule", "euler"}),
+        ("O'Brien's rock'n'roll, state-of-the-art", {"o'brien", "rock'n'roll", "state-of-the-art"}),
+    ],
+)
+def test_a_contraction_is_no_content_word(text, words):
+    assert figures.content_words(text) == words
+
+
 def test_nothing_to_count_is_none():
     for figure in (figures.equal_fragments, figures.stock_only, figures.distinct_2, figures.confidence_spread):
         assert figure([]) is None
 
 
-def test_brier_score_and_rank_agreement():
+def test_brier_score_and_kendalls_tau():
     assert figures.brier_score((1.0, 0.0, 0.0), 0) == 0
     assert figures.brier_score((0.5, 0.5, 0.0), 2) == pytest.approx(0.25 + 0.25 + 1)
     assert figures.brier_score((2.0, 1.0, 1.0), 0) == pytest.approx(0.25 + 2 * 0.0625)  # scaled to the sum 1
-    assert figures.rank_agreement((3, 2, 1), (0.9, 0.5, 0.1)) == 1
-    assert figures.rank_agreement((1, 2, 3), (0.9, 0.5, 0.1)) == -1
-    assert figures.rank_agreement((1, 1, 1), (0.9, 0.5, 0.1)) == 0
+    assert figures.kendall_tau((3, 2, 1), (0.9, 0.5, 0.1)) == 1
+    assert figures.kendall_tau((1, 2, 3), (0.9, 0.5, 0.1)) == -1
+    assert figures.kendall_tau((1, 1, 1), (0.9, 0.5, 0.1)) == 0

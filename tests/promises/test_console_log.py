@@ -72,7 +72,8 @@ def test_what_is_no_utf8_is_logged_escaped(tmp_path):
     assert "error: bad name \\udcff" in run.console_log.read_text()
 
 
-def test_an_interruption_is_logged(tmp_path):
+def test_an_interruption_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr("conversation.errors._hint_when_stopped", "--resume")  # as `run_main` of the training does
     run = RunFolder(tmp_path)
     with pytest.raises(KeyboardInterrupt), console.logged_console(run.console_log):
         raise KeyboardInterrupt

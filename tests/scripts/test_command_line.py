@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import asdict, fields, replace
 
@@ -28,6 +29,34 @@ def test_help_answers_within_two_seconds_from_any_folder(script, tmp_path):
     shown = run_script(script, "--help", cwd=tmp_path)
     assert time.monotonic() - started < 2
     assert shown.returncode == 0 and "usage" in shown.stdout
+
+
+STOPPED = """
+import runpy, sys
+def stop(*given):
+    raise KeyboardInterrupt
+import conversation_config, conversation.runs.folder
+conversation_config.set_up_libraries = conversation.runs.folder.chosen_run = stop
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "can_go_on"),
+    [
+        ("train_conversation.py", [], True),
+        ("merge_conversation_model.py", [], True),
+        ("export_conversation_model.py", ["--type", "f32"], True),
+        ("test_conversation_model.py", [], False),
+        ("evaluate_conversation_model.py", [], False),
+    ],
+)
+def test_only_a_script_that_keeps_finished_work_says_so_when_it_is_stopped(script, flags, can_go_on):
+    command = [sys.executable, "-c", STOPPED, script, *flags]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 130 and "error: stopped by SIGINT" in done.stderr, done.stderr
+    assert ("hint: finished work is saved; go on with the same command and --resume" in done.stderr) == can_go_on
 
 
 def test_every_setting_is_a_flag_with_its_default():

@@ -7,7 +7,10 @@ import pytest
 from conftest import run_script
 from scripts_at_work import finished
 
+import evaluate_conversation_model as script
+from conversation.errors import UserError
 from conversation.runs.evaluation_record import read_evaluation
+from conversation.runs.files import check_can_be_written
 from conversation.runs.folder import RunFolder
 from conversation.runs.report import write_report
 
@@ -50,7 +53,7 @@ def test_the_figures_are_those_of_the_answers_in_the_file(evaluated):
 
 
 def test_a_resumed_one_is_done_already_and_a_new_merge_makes_it_void(evaluated, tmp_path):
-    status, output = finished(EVALUATE, "--run_dir", evaluated.path, "--resume", output=tmp_path / "again")
+    status, output = finished(EVALUATE, "--run_dir", evaluated.path, "--short", "--resume", output=tmp_path / "again")
     assert status == 0 and "evaluated already" in output
     copy = RunFolder(shutil.copytree(evaluated.path, tmp_path / "copy"))
     status, output = finished("merge_conversation_model.py", "--run_dir", copy.path, output=tmp_path / "merge")
@@ -95,6 +98,51 @@ def test_a_broken_evaluation_prevents_no_report_and_is_made_again(evaluated, tmp
     status, output = finished(EVALUATE, *flags, output=tmp_path / "again")
     assert status == 0 and f"Evaluating, as {copy.evaluation} is broken" in output, output
     assert read_evaluation(copy.evaluation).short and "Not shown" not in copy.report.read_text()
+
+
+def refused(monkeypatch, *flags) -> str:
+    """Why the script does not begin with these flags. It fails when a model is loaded."""
+    monkeypatch.setattr(script, "evaluate", lambda *given: pytest.fail("the work began"))
+    monkeypatch.setattr("sys.argv", [EVALUATE, *map(str, flags)])
+    with pytest.raises(UserError) as caught:
+        script.main()
+    assert caught.value.exit_status == 2 and caught.value.hint
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [["--model", "model"], ["--compare", "run"]])
+@pytest.mark.parametrize("name", [".", "", "folder", "missing/x.json", "..", "file/x.json", "n" * 250, "/dev/null"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, flags, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert " cannot be written: " in refused(monkeypatch, *flags, "--output", name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--run_dir", "run", "--output", "x.json"], "--output"),
+        (["--output", "x.json"], "--output"),
+        (["--model", "model", "--resume"], "--resume"),
+        (["--compare", "run", "--resume"], "--resume"),
+        (["--compare", "run", "--short"], "--short"),
+        (["--compare", "run", "--decoding", "greedy"], "--decoding"),
+        (["--compare", "run", "--device", "cpu"], "--device"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(monkeypatch, flags, name):
+    assert refused(monkeypatch, *flags).startswith(f"{name} does not go with ")
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
+    path = tmp_path / "x.json"
+    check_can_be_written(path)
+    assert not list(tmp_path.iterdir())
+    path.write_text("old")
+    check_can_be_written(path)
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_sentence(untouched, tmp_path):
