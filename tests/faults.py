@@ -84,11 +84,11 @@ def losses_twice_as_large_from(call: int) -> None:
     trainer.backward_in_micro_batches = larger
 
 
-def a_defect_in(module: str, function: str) -> None:
-    """Make a function of the project raise an unexpected error."""
+def a_defect_in(module: str, function: str, kind: type[Exception] = AssertionError) -> None:
+    """Make a function of the project raise an unexpected error, of the given kind."""
 
     def defect(*arguments, **options):
-        raise AssertionError("a defect")
+        raise kind("a defect")
 
     setattr(importlib.import_module(module), function, defect)
 

@@ -23,8 +23,8 @@ from conversation_config import KEPT_CHECKPOINTS
 CHECKPOINT_HASHES = "hashes.json"
 
 
-def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exception:
-    """The UserError for a full disk or exhausted memory. Any other error is a defect of ours and is returned as it is.
+def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> UserError | None:
+    """The error for a full disk or exhausted memory; None for any other, which is a defect of ours.
 
     `needed_bytes`: the size of the files that may have been in writing.
     """
@@ -41,7 +41,7 @@ def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exc
         code = int(number[1]) if number else errno.ENOSPC if full else errno.EIO
         cause = error if isinstance(error, OSError) else OSError(code, os.strerror(code))
         return cannot_write(run.checkpoints, cause, needed_bytes)
-    return error
+    return None
 
 
 class CheckpointKeeper(TrainerCallback):
