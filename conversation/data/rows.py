@@ -46,7 +46,7 @@ def parse_row(value: dict[str, Any]) -> Example:
         if "nodes" in value:
             raise ValueError("this is a conversation tree, give the folder that contains its domain's folder")
         raise OtherColumns(value)
-    if chat := next((key for key in (*CHATS, "prompt") if isinstance(value.get(key), list)), None):
+    if chat := next((key for key in (*CHATS, "prompt") if _are_messages(value.get(key))), None):
         raise ValueError(f"`text` beside `{chat}`: a row has one or the other")
     text = value["text"]
     if not isinstance(text, str):
@@ -57,6 +57,10 @@ def parse_row(value: dict[str, Any]) -> Example:
         return parse_example(text)
     except FormatError as error:
         raise ValueError(f"not in the text format: {error}") from None
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and re.match(r"\s*\[\s*{", value) is not None)
 
 
 class DataSet(NamedTuple):

@@ -110,9 +110,12 @@ def test_texts_beside_messages_are_refused_and_an_empty_column_of_texts_is_none(
     lines = tmp_path / "data.jsonl"
     lines.write_text(json.dumps({"text": easy_lines()[0].text, "prompt": "another column"}))
     assert read_training_data(lines) == easy_lines()[:1]
-    lines.write_text(json.dumps({**rows[0], "text": easy_lines()[0].text}))
-    with pytest.raises(UserError, match="1: `text` beside `messages`: a row has one or the other"):
-        read_training_data(lines)
+    lines.write_text(json.dumps({"text": easy_lines()[0].text, "prompt": "[INST] another column [/INST]"}))
+    assert read_training_data(lines) == easy_lines()[:1]
+    for messages in (rows[0]["messages"], json.dumps(rows[0]["messages"], indent=1)):
+        lines.write_text(json.dumps({"messages": messages, "text": easy_lines()[0].text}))
+        with pytest.raises(UserError, match="1: `text` beside `messages`: a row has one or the other"):
+            read_training_data(lines)
 
 
 def test_a_name_that_looks_like_a_pattern_is_of_one_file(tmp_path, rows):

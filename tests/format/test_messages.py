@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversation.format.calls import TIMESTAMP, Answer, Example, FollowUp, Prompt, Utterance
+from conversation.format.calls import INSTRUCTION, TIMESTAMP, Answer, Example, FollowUp, Prompt, Utterance
 from conversation.format.chat_messages import FieldError
 from conversation.format.message_parser import from_row
 from conversation.format.messages import TOOLS, to_row
@@ -175,6 +175,13 @@ OTHER_FORMS = {
     "role model": lambda value: value["messages"][-1].update(role="model"),
     "an empty system message": lambda value: value["messages"].insert(0, {"role": "system", "content": " "}),
     "text parts": lambda value: value["messages"][2].update(content=[{"type": "text", "text": "Example?"}]),
+    "white space beside an earlier answer's calls": lambda value: value["messages"][1].update(content="\n\n"),
+    "a function that returned an object": lambda value: value["messages"].insert(
+        2, {"role": "tool", "content": {"ok": "\0"}}
+    ),
+    "the date twice": lambda value: (
+        value.update(system=dated(TIMESTAMP)) or insert(0, "system", dated(TIMESTAMP))(value)
+    ),
     "confidence as text": lambda value: argument(value, 2).update(confidence="0.60"),
 }
 
@@ -184,6 +191,11 @@ def test_other_ways_to_write_the_same_are_read(name):
     value = row()
     OTHER_FORMS[name](value)
     assert from_row(value) == EXAMPLE
+
+
+def dated(date):
+    """The instruction of the format with a date of its own."""
+    return INSTRUCTION.format(timestamp=date).strip()
 
 
 def argument(value, number):
@@ -209,6 +221,12 @@ def message(number, **fields):
 
 def insert(number, role, content="Be terse."):
     return lambda value: value["messages"].insert(number, {"role": role, "content": content})
+
+
+def calls_in_content_and_beside_it(value):
+    functions = json.dumps(answer_of(value))
+    beside = [{"function": {"name": "add_text", "arguments": {"content": "And this?"}}}]
+    value["messages"].append({"role": "function_call", "content": functions, "tool_calls": beside})
 
 
 def history_call(value):
@@ -238,6 +256,14 @@ DEFECTS = {
     ),
     f"{CALL.format(2)}.arguments: its JSON text cannot be read: NaN": call(2, arguments='{"confidence": NaN}'),
     f"{FIRST}.tone: add_text has no such": put(0, tone="x"),
+    "messages[1].tool_calls[0].function.arguments.tone: add_text has no such": lambda v: v["messages"][1]["tool_calls"][
+        0
+    ]["function"]["arguments"].update(tone="x"),
+    "messages[3].tool_calls[0].function.name: add_text after add_choice": calls_in_content_and_beside_it,
+    "messages[0].content: another date than in `system`": lambda v: (
+        v.update(system=dated("2020-01-01T00:00:00")),
+        insert(0, "system", dated("2021-01-01T00:00:00"))(v),
+    ),
     f"{FIRST}.content: the value is empty": put(0, content=" "),
     f"{FIRST}.content: control token <escape>": put(0, content="a <escape>"),
     f"{FIRST}.content: an unpaired surrogate U+D800": put(0, content="a \ud800"),
@@ -296,11 +322,20 @@ DEFECTS = {
         messages=None, conversations=[{"from": "function_call", "value": '["x"]'}]
     ),
     "tools[0].function.name: 'say' is neither": lambda v: v["tools"][0]["function"].update(name="say"),
+    "tools[0].name: 'say' is neither": lambda v: v.update(tools=[{"name": "say", "parameters": {}}]),
+    "tools[0].parameters: none, expected content": lambda v: v.update(tools=[{"name": "add_text", "parameters": {}}]),
     "tools: add_choice is not declared": lambda v: v["tools"].pop(),
     "tools[1].function.name: add_text is declared twice": lambda v: v["tools"].insert(1, v["tools"][0]),
     "tools[0].function.parameters: none, expected content": lambda v: v["tools"][0]["function"].update(parameters={}),
     "tools: not a list but an object": lambda v: v.update(tools={}),
 }
+
+
+@pytest.mark.parametrize("confidence", [-0.0, Decimal("-0")])
+def test_a_confidence_of_minus_zero_is_zero(confidence):
+    value = row()
+    argument(value, 2).update(confidence=confidence)
+    assert from_row(value).answer.follow_ups[0].confidence == "0.00"
 
 
 @pytest.mark.parametrize("problem", DEFECTS)
