@@ -28,7 +28,7 @@ from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.comparison import comparison_table, draw_comparison, figures_table
 from conversation.runs.console import logged_console
 from conversation.runs.evaluation_record import Evaluation, read_evaluation, write_evaluation
-from conversation.runs.files import shown
+from conversation.runs.files import real_path, shown
 from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.report import write_report
@@ -41,13 +41,13 @@ SHORT = 4  # a short evaluation asks every fourth pair of a root question and a 
 def main() -> int:
     args = parse_flags()
     if args.compare:
-        runs = [RunFolder(path.resolve()) for path in args.compare]
+        runs = [RunFolder(real_path(path)) for path in args.compare]
         print(comparison_table(runs))
         draw_comparison(runs, args.output.with_suffix(".png"))
         print(f"Plot: {shown(args.output.with_suffix('.png'))}")
         return 0
     if args.model:
-        folder = args.model.resolve()
+        folder = real_path(args.model)
         evaluation = evaluate(args, folder, folder.name)
         write_evaluation(evaluation, args.output)
         print(f"\n{figures_table({folder.name: evaluation})}\nWritten: {shown(args.output)}")

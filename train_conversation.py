@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from conversation.data.examples import to_jsonl
 from conversation.errors import CommandLine, UserError, run_main
-from conversation.runs.files import find_damage, shown, write_atomically
+from conversation.runs.files import find_damage, real_path, shown, write_atomically
 from conversation.runs.folder import RunFolder, chosen_run, new_run_folder
 from conversation.runs.machine import is_first_process
 from conversation.runs.publishing import attempt_to_resume, begin_attempt, bytes_of_attempts
@@ -86,7 +86,7 @@ def begin(args: argparse.Namespace, prepared: Prepared) -> None:
 
     record = prepared.record()
     check_same_training(record)
-    run = RunFolder(Path(decided_by_first(str((args.run_dir or new_run_folder().path).resolve()))))
+    run = RunFolder(Path(decided_by_first(str(real_path(args.run_dir or new_run_folder().path)))))
     if is_first_process():
         run.check_unused()
         check_space_for(prepared, run.path, to_be_freed=bytes_of_attempts() if args.attempt else 0)

@@ -44,8 +44,8 @@ class Call:
 class Message:
     """One message. `role`: user, assistant, system, or tool for what a function returned.
 
-    `content`: None when there is none, and of role tool. `untrained`: the field that says that this answer is not to be trained on, if
-    one does. `other_text`: the field of what the assistant says beside content and calls.
+    `content`: None when there is none, and of a tool. `untrained`: the field that says that this answer is not to be
+    trained on, if one does. `other_text`: the field of what the assistant says beside content and calls.
     """
 
     place: str

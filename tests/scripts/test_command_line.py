@@ -85,6 +85,29 @@ def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --run_dir",
+        "train --resume --run_dir",
+        "merge --run_dir",
+        "test --model",
+        "evaluate --model",
+        "evaluate --compare",
+        "export --type q8_0 --model",
+        "serve --model",
+    ],
+)
+def test_a_link_that_leads_to_itself_is_refused_without_a_traceback(command, tmp_path, tiny_folder, easy_data):
+    (tmp_path / "loop").symlink_to("loop")
+    name, *flags = command.split()
+    script = next(each for each in SCRIPTS if each.startswith(name))
+    inputs = ["--base_model", tiny_folder, "--training_data", easy_data, "--device", "cpu"] if name == "train" else []
+    done = run_script(script, *inputs, *flags, tmp_path / "loop")
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "loop" in done.stderr and [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
 def test_paths_are_meant_from_the_folder_one_is_in(tmp_path, tiny_folder):
     (tmp_path / "mine.jsonl").write_bytes(to_jsonl(easy_lines()[:12]))
     (tmp_path / "base").symlink_to(tiny_folder)
