@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, easy_lines
 
+from conversation.data.exact_json import UnusableJson
 from conversation.data.examples import read_data, read_jsonl, read_training_data
-from conversation.data.rows import DataSet, named_data_set
+from conversation.data.rows import DataSet, named_data_set, read_data_set
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example
 from conversation.format.messages import to_row
@@ -153,6 +154,34 @@ def test_a_broken_parquet_file_is_refused_in_one_sentence(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"data\.parquet"):
         read_training_data(path)
+
+
+def test_a_defect_of_ours_is_not_taken_for_a_mistake_in_the_table(tmp_path, rows, monkeypatch):
+    def defect(row):
+        raise TypeError("a defect")
+
+    monkeypatch.setattr("conversation.data.rows.parse_row", defect)
+    with pytest.raises(TypeError, match="a defect"):
+        read_training_data(write_parquet(tmp_path / "data.parquet", rows[:1]))
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (UnusableJson("the key 'split' occurs twice in one object"), "rows have `text`"),
+        (UnusableJson("'Unknown split' is not closed"), "rows have `text`"),
+        (RuntimeError("no reader for train_split.bin"), "rows have `text`"),
+        (ValueError('Unknown split "dev". Should be one of [train].'), "a split comes after a colon"),
+    ],
+)
+def test_only_a_split_that_is_not_there_is_answered_with_how_to_name_one(error, hint, tmp_path, monkeypatch):
+    def load(source, **options):
+        raise RuntimeError(f"cannot be generated: {error}") from error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match=f"cannot be read: {re.escape(str(error).rstrip('.'))}") as caught:
+        read_data_set(DataSet(str(tmp_path)))
+    assert caught.value.hint.startswith(hint)
 
 
 def test_parquet_by_another_name_is_recognised(tmp_path, rows):
