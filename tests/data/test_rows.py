@@ -150,18 +150,14 @@ def test_a_table_without_rows_is_refused_in_one_sentence(tmp_path, rows):
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PAR1 but no more PAR1"])
 def test_a_broken_parquet_file_is_refused_in_one_sentence(tmp_path, content):
-    path = tmp_path / "data.parquet"
-    path.write_bytes(content)
+    (tmp_path / "data.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"data\.parquet"):
-        read_training_data(path)
+        read_training_data(tmp_path / "data.parquet")
 
 
 def test_a_defect_of_ours_is_not_taken_for_a_mistake_in_the_table(tmp_path, rows, monkeypatch):
-    def defect(row):
-        raise TypeError("a defect")
-
-    monkeypatch.setattr("conversation.data.rows.parse_row", defect)
-    with pytest.raises(TypeError, match="a defect"):
+    monkeypatch.setattr("conversation.data.rows.parse_row", None)
+    with pytest.raises(TypeError, match="not callable"):
         read_training_data(write_parquet(tmp_path / "data.parquet", rows[:1]))
 
 
@@ -169,7 +165,6 @@ def test_a_defect_of_ours_is_not_taken_for_a_mistake_in_the_table(tmp_path, rows
     ("error", "hint"),
     [
         (UnusableJson("the key 'split' occurs twice in one object"), "rows have `text`"),
-        (UnusableJson("'Unknown split' is not closed"), "rows have `text`"),
         (RuntimeError("no reader for train_split.bin"), "rows have `text`"),
         (ValueError('Unknown split "dev". Should be one of [train].'), "a split comes after a colon"),
     ],
