@@ -53,6 +53,7 @@ def test_a_recipe_names_real_settings(recipe):
         (["--max_steps", "0"], "--max_steps must be at least 1"),
         (["--no_such_flag"], "error: unrecognized arguments: --no_such_flag\nhint: train_conversation.py --help"),
         (["--json"], "--json goes with --check_data"),
+        (["--resume", "--check_data"], "--check_data reads no run"),
         (["--attempt", "--check_data"], "RETRAIN.sh names the run folder"),
         (["--fp16"], "fp16 is refused"),
         (["--bf16"], "bf16 is refused"),

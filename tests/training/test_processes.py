@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,8 +15,10 @@ from conftest import PROJECT, make_home
 from safetensors.torch import load_file
 from test_training import FLAGS, ONE_THREAD, train
 
+from conversation.errors import UserError
 from conversation.runs.files import file_hashes, write_json
 from conversation.runs.folder import RunFolder
+from conversation.training import processes
 from conversation.training.batches import OptimizerStepBatches
 from conversation.training.checkpoints import CHECKPOINT_HASHES, newest_intact_checkpoint
 
@@ -106,6 +109,43 @@ def test_the_first_of_several_processes_chooses_the_run_folder_for_all(tmp_path,
     assert launcher.returncode == 0, errors
     (run,) = (home / "training-runs" / "conversation").glob("20*")
     assert run.name == "2026-01-01" and RunFolder(run).read().training.steps == 2
+
+
+class Others:
+    """A monitor of the other processes that is asked for the reason of an error."""
+
+    def __init__(self, *reasons):
+        self.reasons = list(reasons)
+
+    def wait_for_reason(self, seconds):
+        return self.reasons.pop(0)
+
+
+def what_comes_out_of(error, others, monkeypatch):
+    """What comes of an error in the blocks of the first process, one inside the other."""
+    monkeypatch.setattr(processes, "_group", SimpleNamespace(monitor=others))
+    with pytest.raises(BaseException) as caught:
+        with processes.peer_loss_as_user_error(), processes.peer_loss_as_user_error():
+            raise error
+    return caught.value
+
+
+@pytest.mark.parametrize("number", [(), (signal.SIGINT,), (signal.SIGUSR1,)])
+def test_what_a_user_stops_does_not_become_the_failure_of_another_process(number, monkeypatch):
+    """Ctrl-C reaches all processes. The others end at once, and say so."""
+    others = Others("process 1 of 2 has failed: stopped by SIGINT")
+    assert type(what_comes_out_of(KeyboardInterrupt(*number), others, monkeypatch)) is KeyboardInterrupt
+    assert len(others.reasons) == 1
+
+
+def test_an_error_asks_once_for_a_lost_process(monkeypatch):
+    """A defect that all have is not told as that of another, which ended while this one asked."""
+    others = Others("", "process 1 of 2 has failed: a defect, RuntimeError")
+    assert type(what_comes_out_of(RuntimeError("a defect"), others, monkeypatch)) is RuntimeError
+    others = Others("process 1 of 2 is lost: its process has ended")
+    for error in (RuntimeError("Connection closed by peer"), KeyboardInterrupt(signal.SIGTERM)):
+        found = what_comes_out_of(error, Others(*others.reasons), monkeypatch)
+        assert isinstance(found, UserError) and str(found) == others.reasons[0] and found.exit_status == 1
 
 
 CHOOSE = """
