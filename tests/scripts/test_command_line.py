@@ -86,6 +86,13 @@ def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_attempt_is_of_one_process():
+    """Each of several would remove the attempt of another, and begin one."""
+    several = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    done = run_script("train_conversation.py", "--attempt", env={**several, "MASTER_ADDR": "::1", "MASTER_PORT": "9"})
+    assert done.returncode == 2 and "error: an attempt of RETRAIN.sh has one process" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [

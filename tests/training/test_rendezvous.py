@@ -83,7 +83,7 @@ def test_a_process_that_is_lost_is_not_waited_for_any_longer():
         group.all_gather("record", {}, 0.2)
     monitor.reason = "process 1 of 2 has failed: no data"
     with pytest.raises(UserError, match="process 1 of 2 has failed: no data") as lost:
-        group.all_gather("record", {}, 60)
+        group.all_gather("record", {}, 20)
     assert lost.value.exit_status == 1
 
 
