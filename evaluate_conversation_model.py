@@ -28,7 +28,7 @@ from conversation.errors import CommandLine, UserError, run_main
 from conversation.runs.comparison import comparison_table, draw_comparison, figures_table
 from conversation.runs.console import logged_console
 from conversation.runs.evaluation_record import Evaluation, read_evaluation, write_evaluation
-from conversation.runs.files import check_can_be_written, shown
+from conversation.runs.files import check_can_be_written, real_path, shown
 from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.lock import locked_folder
 from conversation.runs.report import write_report
@@ -43,13 +43,13 @@ def main() -> int:
     if args.compare or args.model:
         check_can_be_written(args.output)  # 20 minutes before it is needed
     if args.compare:
-        runs = [RunFolder(path.resolve()) for path in args.compare]
+        runs = [RunFolder(real_path(path)) for path in args.compare]
         print(comparison_table(runs))
         draw_comparison(runs, args.output.with_suffix(".png"))
         print(f"Plot: {shown(args.output.with_suffix('.png'))}")
         return 0
     if args.model:
-        folder = args.model.resolve()
+        folder = real_path(args.model)
         evaluation = evaluate(args, folder, folder.name)
         print(f"\n{figures_table({folder.name: evaluation})}")  # first: the file may not be written
         write_evaluation(evaluation, args.output)

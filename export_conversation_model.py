@@ -33,6 +33,7 @@ from conversation.runs.files import (
     find_damage,
     make_folder,
     read_json,
+    real_path,
     remove_leftovers,
     sha256_file,
     shown,
@@ -60,7 +61,8 @@ def main() -> int:
         print(f"Can be exported to: {', '.join(args.type)}.")
         return 0
     if args.model:
-        return export(args, args.model.resolve(), args.output or args.model.resolve().parent / "gguf", None, None)
+        model = real_path(args.model)
+        return export(args, model, args.output or model.parent / "gguf", None, None)
     run = chosen_run(args.run_dir)
     record = run.read()
     if not record.merge:

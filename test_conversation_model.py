@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from conversation.data.questions import read_questions
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
-from conversation.runs.files import find_damage, shown
+from conversation.runs.files import find_damage, real_path, shown
 from conversation.runs.folder import RunFolder, chosen_run
 from conversation.runs.record import AnswersReport, RunRecord
 from conversation.runs.report import write_report
@@ -39,7 +39,7 @@ def main() -> int:
     add_device_flag(parser)
     args = parser.parse_args()
     if args.model:
-        check_passed(ask(args.model.resolve(), args.questions, args.device))
+        check_passed(ask(real_path(args.model), args.questions, args.device))
         return 0
     run = chosen_run(args.run_dir)
     record = run.read()

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 
 from conversation.data.examples import to_jsonl
 from conversation.errors import GO_ON, CommandLine, UserError, run_main
-from conversation.runs.files import find_damage, shown, write_atomically
+from conversation.runs.files import find_damage, real_path, shown, write_atomically
 from conversation.runs.folder import RunFolder, chosen_run, new_run_folder
-from conversation.runs.machine import is_first_process
+from conversation.runs.machine import is_first_process, number_of_processes
 from conversation.runs.publishing import attempt_to_resume, begin_attempt, bytes_of_attempts
 from conversation.runs.record import RunRecord, changes_on_resume
 from conversation.runs.report import write_report
@@ -71,8 +71,12 @@ def parse_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if args.json and not args.check_data:
         raise UserError("--json goes with --check_data")
+    if args.check_data and args.resume:
+        raise UserError("--check_data reads no run, so it does not go with --resume", "give the run's flags instead")
     if args.attempt and (args.run_dir or args.check_data):
         raise UserError("RETRAIN.sh names the run folder itself and always trains", "see ./RETRAIN.sh --help")
+    if args.attempt and number_of_processes() > 1:
+        raise UserError("an attempt of RETRAIN.sh has one process", "leave out --attempt, or unset WORLD_SIZE")
     if args.half:
         raise UserError(f"{args.half} is refused", f"train in FP32: {refused[args.half]}")
     return args
@@ -81,41 +85,41 @@ def parse_flags() -> argparse.Namespace:
 def begin(args: argparse.Namespace, prepared: Prepared) -> None:
     """Train a new run. Its folder and record are made after every check."""
     from conversation.training.preparation import check_space_for
-    from conversation.training.processes import at_work, check_same_training, decided_by_first, wait_for_first
+    from conversation.training.processes import at_work, barrier, broadcast_from_first, check_same_training
     from conversation.training.trainer import build_trainable_model
 
     record = prepared.record()
     check_same_training(record)
-    run = RunFolder(Path(decided_by_first(str((args.run_dir or new_run_folder().path).resolve()))))
+    run = RunFolder(Path(broadcast_from_first(str(real_path(args.run_dir or new_run_folder().path)))))
     if is_first_process():
         run.check_unused()
         check_space_for(prepared, run.path, to_be_freed=bytes_of_attempts() if args.attempt else 0)
     model = build_trainable_model(prepared.base_folder, prepared.config)
+    barrier()  # every process can train
     if args.attempt:
         run = begin_attempt(TRAINING_RUNS, record)
     elif is_first_process():
         run.create(record)
-    wait_for_first()
     with at_work(run, new=True) as (run, record):
         train(run, record, prepared, model, checkpoint=None)
 
 
 def run_to_resume(args: argparse.Namespace) -> RunFolder | None:
     """The run that `--resume` means; None when RETRAIN.sh has published the last one."""
-    from conversation.training.processes import decided_by_first
+    from conversation.training.processes import broadcast_from_first
 
     path = ""
     if is_first_process():
         run = attempt_to_resume() if args.attempt else chosen_run(args.run_dir)
         path = str(run.path) if run else ""
-    path = decided_by_first(path)
+    path = broadcast_from_first(path)
     return RunFolder(Path(path)) if path else None
 
 
 def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
     """Resume a run from its newest intact checkpoint, with the same settings or with more steps."""
     from conversation.training.checkpoints import choose_checkpoint, drop_newer_checkpoints
-    from conversation.training.processes import check_same_training, decided_by_first
+    from conversation.training.processes import broadcast_from_first, check_same_training
     from conversation.training.trainer import build_trainable_model
 
     current = prepared.record()
@@ -125,7 +129,7 @@ def resume(run: RunFolder, record: RunRecord, prepared: Prepared) -> None:
         for change in changes_on_resume(record, current):
             print(change)
         done = is_done(run, record, prepared)
-    if decided_by_first("done" if done else ""):
+    if broadcast_from_first("done" if done else ""):
         return
     checkpoint = choose_checkpoint(run.checkpoints)
     drop_newer_checkpoints(run.checkpoints, checkpoint)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks import memory_plan, training_step  # noqa: E402
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main  # noqa: E402
-from conversation.runs.files import write_atomically, write_json  # noqa: E402
+from conversation.runs.files import real_path, write_atomically, write_json  # noqa: E402
 from conversation.runs.record import now  # noqa: E402
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "psutil", "filelock")
@@ -83,7 +83,7 @@ def main() -> int:
     args = parse_flags()
     started = time.monotonic()
     missing = check_packages()
-    out = (args.out or PROJECT / "training-runs" / "gpu" / now()[:10]).resolve()
+    out = real_path(args.out or PROJECT / "training-runs" / "gpu" / now()[:10])
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "w", encoding="utf-8") as log, tempfile.TemporaryDirectory() as work:
         machine = look(args.device, log)

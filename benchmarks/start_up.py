@@ -28,6 +28,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main  # noqa: E402
+from conversation.runs.files import real_path  # noqa: E402
 from conversation.runs.machine import environment  # noqa: E402
 from conversation.runs.record import now  # noqa: E402
 from conversation_config import STAND_IN  # noqa: E402
@@ -74,7 +75,7 @@ def commands(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         "RETRAIN.sh's bookkeeping": ["-m", "conversation.runs.publishing", "newest"],
     }
     if args.merged:
-        found["test_conversation_model.py, until a question"] = ["-c", UNTIL_QUESTION, str(args.merged.resolve())]
+        found["test_conversation_model.py, until a question"] = ["-c", UNTIL_QUESTION, str(real_path(args.merged))]
     return found
 
 

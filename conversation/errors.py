@@ -64,6 +64,15 @@ def list_problems(problems: list[str], shown: int = 20) -> str:
     return "\n".join(lines)
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """The error at the start of a chain of causes. A chain that leads back into itself ends there."""
+    seen: set[int] = set()
+    while error.__cause__ is not None and id(error) not in seen:
+        seen.add(id(error))
+        error = error.__cause__
+    return error
+
+
 _WRONG_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
 
 
@@ -80,8 +89,7 @@ def as_user_error(error: BaseException) -> UserError | None:
         status = NOT_STARTED if error.errno in _WRONG_PATH else TRIED_AND_FAILED
         name = f": {str(error.filename)[:200]}" if error.filename else ""
         return UserError(f"{error.strerror or error}{name}", "", status)
-    while error.__cause__ is not None:  # a library that loads its parts late wraps what they raise
-        error = error.__cause__
+    error = first_cause(error)  # a library that loads its parts late wraps what they raise
     if isinstance(error, ModuleNotFoundError):
         return UserError(f"{error}", "use the project's environment: .venv/bin/python, which ./RETRAIN.sh makes")
     return _library_not_loaded(error)

@@ -40,18 +40,25 @@ def process_of_several(rank: int, size: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in variables.items()})
 
 
-def meeting_within(seconds: float) -> None:
+def rendezvous_within(seconds: float) -> None:
     """Give the processes of a training only so long to meet."""
-    from conversation.training import meeting
+    from conversation.training import rendezvous
 
-    meeting.MEETING = seconds
+    rendezvous.RENDEZVOUS_SECONDS = seconds
+
+
+def too_little_memory() -> None:
+    """Let this process find no free memory for the base."""
+    from conversation.training import memory_plan
+
+    memory_plan.free_bytes = lambda device: 0
 
 
 def code_that_differs() -> None:
     """Let this process take its code for another."""
-    from conversation.training import meeting
+    from conversation.training import rendezvous
 
-    meeting.code_sha256 = lambda: "0" * 64
+    rendezvous.code_sha256 = lambda: "0" * 64
 
 
 def a_signal_in_step(call: int, number: int = signal.SIGTERM) -> None:
@@ -84,11 +91,11 @@ def losses_twice_as_large_from(call: int) -> None:
     trainer.backward_in_micro_batches = larger
 
 
-def a_defect_in(module: str, function: str) -> None:
-    """Make a function of the project raise an unexpected error."""
+def a_defect_in(module: str, function: str, kind: type[Exception] = AssertionError) -> None:
+    """Make a function of the project raise an unexpected error, of the given kind."""
 
     def defect(*arguments, **options):
-        raise AssertionError("a defect")
+        raise kind("a defect")
 
     setattr(importlib.import_module(module), function, defect)
 

@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import (

@@ -35,7 +35,7 @@ def _loads(text: str | bytes) -> Any:
     text = text.decode() if isinstance(text, bytes) else text
     try:
         return strict_json.loads(text)
+    except strict_json.NotJson:
+        raise
     except strict_json.JsonError as error:
-        if str(error).startswith("not JSON:"):
-            raise
         raise UnusableJson(str(error)) from None

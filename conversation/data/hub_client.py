@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+from conversation.errors import first_cause
 from conversation_config import hub_settings
 
 SECONDS = 30  # without an answer of the hub; its client would wait for ever
@@ -29,8 +30,7 @@ def limit_waiting() -> None:
 
 def cause(error: BaseException) -> str:
     """The first cause of an error, as one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = first_cause(error)
     text = str(error).strip()
     if "outgoing traffic has been disabled" in text or "offline mode" in text.lower():
         return "offline mode"

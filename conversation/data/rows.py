@@ -9,13 +9,13 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conversation.data.exact_json import exact_json
+from conversation.data.exact_json import UnusableJson, exact_json
 from conversation.data.hub_client import cause, limit_waiting, what_is_set
-from conversation.errors import UnusableData, UserError, list_problems
+from conversation.errors import UnusableData, UserError, first_cause, list_problems
 from conversation.format.calls import Example
 from conversation.format.message_parser import CHATS, earlier_answers, from_row, is_row
 from conversation.format.parser import FormatError, parse_example
@@ -26,6 +26,7 @@ _PARTS = re.compile(rf"(?:([\w.-]+):)?({_SPLIT}(?:\+{_SPLIT})*)")
 _ON_THE_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::(.*))?")
 _FILE = re.compile(r"\.(jsonl?|txt|csv|parquet|gz|zip)$", re.IGNORECASE)
 _NO_CONFIG = re.compile("Config name is missing|BuilderConfig .* not found")
+_NO_SPLIT = re.compile("(Unknown|Bad) split|Split name|Unrecognized instruction")
 COLUMNS = {"text", "prompt", *CHATS}
 FORMS = "rows have `text`, or `messages`, or `prompt` and `completion`: data/README.md"
 
@@ -46,7 +47,7 @@ def parse_row(value: dict[str, Any]) -> Example:
         if "nodes" in value:
             raise ValueError("this is a conversation tree, give the folder that contains its domain's folder")
         raise OtherColumns(value)
-    if chat := next((key for key in (*CHATS, "prompt") if isinstance(value.get(key), list)), None):
+    if chat := next((key for key in (*CHATS, "prompt") if _are_messages(value.get(key))), None):
         raise ValueError(f"`text` beside `{chat}`: a row has one or the other")
     text = value["text"]
     if not isinstance(text, str):
@@ -57,6 +58,10 @@ def parse_row(value: dict[str, Any]) -> Example:
         return parse_example(text)
     except FormatError as error:
         raise ValueError(f"not in the text format: {error}") from None
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and re.match(r"\s*\[\s*{", value) is not None)
 
 
 class DataSet(NamedTuple):
@@ -114,21 +119,27 @@ def read_data_set(name: DataSet) -> list[tuple[str, Example]]:
 
 def _read(shown: str, source: str, **options: Any) -> list[tuple[str, Example]]:
     import datasets
-    from datasets import load_dataset
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises, too
     if not any(os.environ.get(variable) for variable in ("HF_HOME", "HF_DATASETS_CACHE")):
         cache_folder()  # without a home, the cache would be a folder `~` in the working folder
+    with exact_json():
+        return _examples(shown, _rows(shown, source, options))
+
+
+def _rows(shown: str, source: str, options: dict[str, Any]) -> Iterator[Any]:
+    """The rows of a data set. Raises UserError for whatever the library raises; what reads the rows is not guarded."""
+    from datasets import load_dataset
+
     try:
-        with exact_json():
-            rows = load_dataset(source, **options)
-            if columns := rows.column_names:
-                _check_columns(shown, columns)
-            return _examples(shown, rows)
+        rows = load_dataset(source, **options)
+        if columns := rows.column_names:
+            _check_columns(shown, columns)
+        yield from rows
     except UserError:
         raise
-    except Exception as error:  # the library raises whatever its readers and the network raise
+    except Exception as error:  # its readers and the network raise any kind
         raise _cannot_read(shown, error, of_the_hub="data_files" not in options and not Path(source).exists()) from None
 
 
@@ -171,13 +182,15 @@ def tell_of_earlier_answers(shown: str, count: int) -> None:
 
 def _cannot_read(shown: str, error: Exception, of_the_hub: bool) -> UserError:
     """The sentence for whatever the library or the network raised."""
+    if isinstance(first_cause(error), UnusableJson):
+        return UserError(f"{shown} cannot be read: {cause(error)}", FORMS)
     if _NO_CONFIG.search(str(error)):
         return UserError(
             f"{shown} cannot be read: {' '.join(str(error).split('Example')[0].split())[:300]}",
-            "a configuration stands before the split: owner/name:configuration:train",
+            "a configuration comes before the split: owner/name:configuration:train",
         )
-    if "split" in str(error).lower():
-        return UserError(f"{shown} cannot be read: {cause(error)}", "a split stands after a colon: owner/name:train")
+    if _NO_SPLIT.search(str(error)):
+        return UserError(f"{shown} cannot be read: {cause(error)}", "a split comes after a colon: owner/name:train")
     if of_the_hub:
         return UserError(
             f"there is no file or folder {shown.split(':')[0]}, and no data set of that name can be read: "

@@ -44,8 +44,8 @@ class Call:
 class Message:
     """One message. `role`: user, assistant, system, or tool for what a function returned.
 
-    `content`: None when there is none. `untrained`: the field that says that this answer is not to be trained on, if
-    one does. `other_text`: the field of what the assistant says beside content and calls.
+    `content`: None when there is none, and of a tool. `untrained`: the field that says that this answer is not to be
+    trained on, if one does. `other_text`: the field of what the assistant says beside content and calls.
     """
 
     place: str
@@ -80,7 +80,7 @@ def _message(place: str, message: Any) -> Message:
         raise FieldError(role_place, f"{raw_role!r} is none of user, assistant, tool, system and developer")
     content = message.get(content_key)
     if raw_role in _CALLS_AS_CONTENT:
-        calls, content = list(_calls_in(content_place, content)), None
+        calls, content = [*_calls_in(content_place, content), *_calls(place, message)], None
     else:
         calls = list(_calls(place, message))
     if calls and role != "assistant":
@@ -90,7 +90,7 @@ def _message(place: str, message: Any) -> Message:
         role_place,
         role,
         content_place,
-        None if content is None else _text_of(content_place, content),
+        None if content is None or role == "tool" else _text_of(content_place, content),
         tuple(calls),
         next((name for name in _WEIGHTS if message.get(name, 1) != 1), None),
         next((name for name in _OTHER_TEXTS if message.get(name)), None),
@@ -143,7 +143,10 @@ def _call(place: str, call: Any) -> Call:
     name = function.get("name")
     if not isinstance(name, str) or name not in PARAMETERS:
         raise FieldError(f"{place}.name", f"{name!r} is neither add_text nor add_choice")
-    return Call(place, name, as_object(f"{place}.arguments", function.get("arguments")))
+    arguments = as_object(f"{place}.arguments", function.get("arguments"))
+    if unknown := sorted(set(arguments) - set(PARAMETERS[name])):
+        raise FieldError(f"{place}.arguments.{unknown[0]}", f"{name} has no such parameter")
+    return Call(place, name, arguments)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

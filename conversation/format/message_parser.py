@@ -73,7 +73,7 @@ def from_row(value: dict[str, Any]) -> Example:
 
 
 def earlier_answers(value: dict[str, Any]) -> int:
-    """How many answers with follow-ups stand before the last question of a row that `from_row` has read.
+    """How many answers with follow-ups come before the last question of a row that `from_row` has read.
 
     They are history there: a row is one example, and its last answer is what is trained.
     """
@@ -100,7 +100,7 @@ def _turns(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     if not before or not any(message.role == "user" for message in before):
         raise FieldError(key, "no question of the user with an answer after it")
     if (last := before[-1]).role != "user":
-        raise FieldError(last.role_place, f"{last.role!r}, but before the answer stands the question of the user")
+        raise FieldError(last.role_place, f"{last.role!r}, but before the answer comes the question of the user")
     if not answer:
         place = "completion" if in_two else last.role_place
         raise FieldError(place, "nothing" if in_two else f"{last.role!r}, but the last message is the assistant's")
@@ -118,20 +118,22 @@ def _check_tools(key: str, value: Any) -> None:
     for i, tool in enumerate(value):
         place = f"{key}[{i}]"
         tool = as_object(place, tool)
-        function = as_object(f"{place}.function", tool["function"]) if "function" in tool else tool
-        name = function.get("name")
+        if "function" in tool:
+            place += ".function"
+            tool = as_object(place, tool["function"])
+        name = tool.get("name")
         if not isinstance(name, str):
-            raise FieldError(f"{place}.function.name", f"not a text but {kind(name)}")
+            raise FieldError(f"{place}.name", f"not a text but {kind(name)}")
         if name not in PARAMETERS:
-            raise FieldError(f"{place}.function.name", f"{name!r} is neither add_text nor add_choice")
+            raise FieldError(f"{place}.name", f"{name!r} is neither add_text nor add_choice")
         if name in found:
-            raise FieldError(f"{place}.function.name", f"{name} is declared twice")
+            raise FieldError(f"{place}.name", f"{name} is declared twice")
         found.append(name)
-        schema = as_object(f"{place}.function.parameters", function.get("parameters", {}))
-        names = list(as_object(f"{place}.function.parameters.properties", schema.get("properties", {})))
+        schema = as_object(f"{place}.parameters", tool.get("parameters", {}))
+        names = list(as_object(f"{place}.parameters.properties", schema.get("properties", {})))
         if set(names) != set(PARAMETERS[name]):
             expected = ", ".join(PARAMETERS[name])
-            raise FieldError(f"{place}.function.parameters", f"{', '.join(names) or 'none'}, expected {expected}")
+            raise FieldError(f"{place}.parameters", f"{', '.join(names) or 'none'}, expected {expected}")
     if missing := [name for name in PARAMETERS if name not in found]:
         raise FieldError(key, f"{missing[0]} is not declared")
 
@@ -142,25 +144,27 @@ def _check_tools(key: str, value: Any) -> None:
 def _date(system: Any, before: list[Message]) -> str:
     """The date in the system message, which can only be the instruction of the format; the message is taken out.
 
-    It stands first, or in the column `system` of a row.
+    It comes first, or is in the column `system` of a row.
     """
     texts = [("system", system)] if system else []
     if before and before[0].role == "system":
         message = before.pop(0)
         texts.append((message.content_place, message.content))
-    date = TIMESTAMP
+    dates: list[str] = []
     for place, text in texts:
         if not isinstance(text, str | None):
             raise FieldError(place, f"not a text but {kind(text)}")
         if found := _INSTRUCTION.fullmatch((text or "").strip()):
-            date = checked(place, found[1])
+            if dates and found[1] != dates[0]:
+                raise FieldError(place, f"another date than in `{texts[0][0]}`")
+            dates.append(checked(place, found[1]))
         elif text and text.strip():
             raise FieldError(
                 place,
                 "a system message has no place in the prompt that is trained, unless it is the instruction of the "
                 "format: leave it out",
             )
-    return date
+    return dates[0] if dates else TIMESTAMP
 
 
 def _history(messages: Sequence[Message]) -> Iterator[Utterance]:
@@ -184,8 +188,9 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
     """What a message says, with the places: its content, then its calls of add_text."""
     if message.role == "user" and message.content is None:
         raise FieldError(message.content_place, "no text")
-    if message.content or (message.role == "user" and message.content is not None):
-        yield message.content_place, message.content
+    content = message.content or ""
+    if message.role == "user" or content.strip():  # beside the calls of an answer, white space is nothing
+        yield message.content_place, content
     for call in message.calls:
         if call.name == "add_text":
             yield f"{call.place}.arguments.content", _text(call, "content")
@@ -194,7 +199,7 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
 def _answer(messages: Sequence[Message]) -> Answer:
     for message in messages:
         if message.role in ("user", "system"):
-            raise FieldError(message.role_place, f"{message.role!r} after the question: there stands only the answer")
+            raise FieldError(message.role_place, f"{message.role!r} after the question: only the answer comes there")
         if message.role == "assistant":
             _check_only_calls(message)
     spoken = [message for message in messages if message.role == "assistant"]
@@ -203,8 +208,6 @@ def _answer(messages: Sequence[Message]) -> Answer:
     fragments: list[str] = []
     follow_ups: list[FollowUp] = []
     for call in (call for message in spoken for call in message.calls):
-        if unknown := sorted(set(call.arguments) - set(PARAMETERS[call.name])):
-            raise FieldError(f"{call.place}.arguments.{unknown[0]}", f"{call.name} has no such parameter")
         if call.name == "add_choice":
             follow_ups.append(_follow_up(call))
         elif follow_ups:
@@ -246,7 +249,7 @@ def _follow_up(call: Call) -> FollowUp:
     if isinstance(confidence, int | float) and not isinstance(confidence, bool):
         if not 0 <= confidence <= 1:
             raise FieldError(place, "not between 0 and 1")
-        confidence = as_text(float(confidence))
+        confidence = as_text(abs(float(confidence)))  # of -0.0
     if not isinstance(confidence, str):
         raise FieldError(place, f"not a number but {kind(confidence)}")
     if problem := confidence_problem(confidence):

@@ -15,6 +15,10 @@ class JsonError(ValueError):
     """Text that is not strict JSON; the message says why and where."""
 
 
+class NotJson(JsonError):
+    """Text that no reader takes for JSON."""
+
+
 def loads(text: str) -> Any:
     """Parse one JSON value. Raises JsonError."""
     try:
@@ -23,7 +27,7 @@ def loads(text: str) -> Any:
         raise
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise JsonError(f"not JSON: {error.msg} ({line}column {error.colno})") from None
+        raise NotJson(f"not JSON: {error.msg} ({line}column {error.colno})") from None
     except RecursionError:
         raise JsonError("not readable: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits

@@ -204,9 +204,17 @@ def check_disk_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def real_path(path: Path) -> Path:
+    """The absolute path behind all symbolic links; a link that leads to itself stays in it.
+
+    For what a user names: `Path.resolve` raises a RuntimeError for such a link, up to Python 3.12.
+    """
+    return Path(os.path.realpath(path))
+
+
 def shown(path: Path) -> str:
     """A path as a person would type it: relative below the current folder or the project."""
     for base in (Path.cwd(), PROJECT):
         with contextlib.suppress(ValueError):
-            return str(path.resolve().relative_to(base))
+            return str(real_path(path).relative_to(base))
     return str(path)

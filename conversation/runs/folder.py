@@ -28,6 +28,7 @@ from conversation.runs.files import (
     find_damage,
     make_folder,
     read_json,
+    real_path,
     sha256_file,
     shown,
     write_atomically,
@@ -120,6 +121,8 @@ class RunFolder:
             raise UserError(
                 f"{shown(self.path)} already contains a run", "go on with it: --resume; or name another --run_dir"
             )
+        if self.path.is_symlink():  # `real_path` has followed every other
+            raise UserError(f"{shown(self.path)} is a link to itself", "name a new folder with --run_dir")
         if self.path.exists():
             others = [path.name for path in self.path.iterdir() if path.name != LOCK_FILE]
             if others:
@@ -260,4 +263,4 @@ def newest_run(root: Path = TRAINING_RUNS) -> RunFolder:
 
 def chosen_run(run_dir: Path | None) -> RunFolder:
     """The run that `--run_dir` names; without the flag, the newest."""
-    return RunFolder(run_dir.resolve()) if run_dir else newest_run()
+    return RunFolder(real_path(run_dir)) if run_dir else newest_run()

@@ -16,15 +16,15 @@ from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.runs.files import cannot_write, file_hashes, find_damage, give_usual_modes, read_json, write_json
 from conversation.runs.folder import RunFolder
 from conversation.runs.machine import is_first_process
-from conversation.training.processes import collect_files, decided_by_first, hand_out_files, wait_for_first
+from conversation.training.processes import broadcast_files, broadcast_from_first, gather_files
 from conversation.training.watch import Watched
 from conversation_config import KEPT_CHECKPOINTS
 
 CHECKPOINT_HASHES = "hashes.json"
 
 
-def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exception:
-    """The UserError for a full disk or exhausted memory. Any other error is a defect of ours and is returned as it is.
+def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> UserError | None:
+    """The error for a full disk or exhausted memory; None for any other, which is a defect of ours.
 
     `needed_bytes`: the size of the files that may have been in writing.
     """
@@ -41,7 +41,7 @@ def training_failure(error: Exception, run: RunFolder, needed_bytes: int) -> Exc
         code = int(number[1]) if number else errno.ENOSPC if full else errno.EIO
         cause = error if isinstance(error, OSError) else OSError(code, os.strerror(code))
         return cannot_write(run.checkpoints, cause, needed_bytes)
-    return error
+    return None
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -56,7 +56,7 @@ class CheckpointKeeper(TrainerCallback):
         except UserError:  # a full disk
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        collect_files(folder)  # each process has written its random states and its progress
+        gather_files(folder)  # each process has written its random states and its progress
         if state.is_world_process_zero:
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
                 shutil.rmtree(folder)
@@ -116,10 +116,10 @@ def choose_checkpoint(folder: Path) -> Path | None:
         for problem in problems:
             print(f"warning: a checkpoint is not used: {problem}", file=sys.stderr)
         name = found.name if found else ""
-    name = decided_by_first(name)
+    name = broadcast_from_first(name)
     checkpoint = folder / name if name else None
     if checkpoint:
-        hand_out_files(checkpoint)
+        broadcast_files(checkpoint)
     print(f"Resuming from {checkpoint.name}." if checkpoint else "No intact checkpoint: starting from the first step.")
     return checkpoint
 
@@ -132,10 +132,8 @@ def step_of(checkpoint: Path | None) -> int:
 def drop_newer_checkpoints(folder: Path, chosen: Path | None) -> None:
     """Remove the broken checkpoints after the chosen one, so that none is counted or tried again.
 
-    The first process removes them; the others wait.
+    Every process does so in its own folder. That of all but the first has the chosen one alone.
     """
-    if is_first_process():
-        found = checkpoints(folder)
-        for path in found[: found.index(chosen) if chosen else None]:
-            shutil.rmtree(path)
-    wait_for_first()
+    found = checkpoints(folder)
+    for path in found[: found.index(chosen) if chosen else None]:
+        shutil.rmtree(path)

@@ -18,7 +18,7 @@ from conversation.runs.machine import resident_memory_bytes
 from conversation.runs.memory_plan import MemoryPlan
 from conversation.training.micro_batches import TokenBudget, free_bytes, split_into_micro_batches
 from conversation.training.prefix_tree import TokenSequence, build_prefix_tree
-from conversation.training.processes import holds_for_all
+from conversation.training.processes import all_true
 from conversation.training.shared_prefix import find_causal_lm
 from conversation.training.vocabulary_loss import CPU_HEAD_BLOCK_BYTES, GPU_HEAD_BLOCK_BYTES, HEAD_BLOCK_ROWS
 from conversation_config import TrainingConfig
@@ -39,7 +39,7 @@ def load_frozen(folder: Path, config: TrainingConfig) -> Any:
     full, adapters = fp32_bytes(folder), 4 * adapter_bytes(folder, config.lora_r)
     free = free_bytes(torch.device(training_device()))
     needed = {"float32": full + adapters + LEAST_LEFT, "bfloat16": full // 2 + adapters + LEAST_LEFT}
-    if wanted == "float32" or (wanted == "auto" and holds_for_all(needed["float32"] <= free)):
+    if wanted == "float32" or (wanted == "auto" and all_true(needed["float32"] <= free)):
         _check_fits(needed["float32"], free, "float32")
         return load_model(folder)
     if lossy := loses_bits(folder):

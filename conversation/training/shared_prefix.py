@@ -122,14 +122,19 @@ def hidden_states(model: nn.Module, tree: PrefixTree, key_store: KeyStore | None
 
 @torch.no_grad()
 def _check_against_plain_forward(model: nn.Module, name: str) -> None:
-    """Compare two short examples, computed as a tree, with the model's ordinary forward on each."""
+    """Compare two short examples, computed as a tree, with the model's ordinary forward on each.
+
+    One pass in training mode comes first: it raises ValueError for attention dropout, which eval() turns off.
+    """
     causal_lm = find_causal_lm(model)
     ids = torch.arange(1, 25) % causal_lm.config.vocab_size
     examples = [ids[:12], torch.cat([ids[:6], ids[12:]])]
     tree = build_prefix_tree([TokenSequence(tuple(e.tolist()), (False,) + (True,) * (len(e) - 1)) for e in examples])
     was_training = model.training
-    model.eval()
     try:
+        with torch.random.fork_rng([causal_lm.device] if causal_lm.device.type == "cuda" else []):
+            shared_prefix_loss(model.train(), tree)
+        model.eval()
         ours = shared_prefix_loss(model, tree)
         plain = torch.zeros_like(ours)
         for example in examples:

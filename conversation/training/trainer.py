@@ -90,7 +90,9 @@ def train_adapters(
     except (OSError, RuntimeError, SafetensorError) as error:
         adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
         remove_unfinished_checkpoints(run.checkpoints)
-        raise training_failure(error, run, 3 * adapters) from error
+        if failure := training_failure(error, run, 3 * adapters):
+            raise failure from error
+        raise
     if progress.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise UserError(
             f"stopped by {progress.signal.name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
@@ -138,4 +140,7 @@ def _save_final(model: PeftModel, run: RunFolder) -> None:
         replace_folder(part, run.final_lora)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise training_failure(error, run, sum(4 * p.numel() for p in model.parameters() if p.requires_grad)) from error
+        adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        if failure := training_failure(error, run, adapters):
+            raise failure from error
+        raise

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, easy_lines
 
+from conversation.data.exact_json import UnusableJson
 from conversation.data.examples import read_data, read_jsonl, read_training_data
-from conversation.data.rows import DataSet, named_data_set
+from conversation.data.rows import DataSet, named_data_set, read_data_set
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example
 from conversation.format.messages import to_row
@@ -110,9 +111,12 @@ def test_texts_beside_messages_are_refused_and_an_empty_column_of_texts_is_none(
     lines = tmp_path / "data.jsonl"
     lines.write_text(json.dumps({"text": easy_lines()[0].text, "prompt": "another column"}))
     assert read_training_data(lines) == easy_lines()[:1]
-    lines.write_text(json.dumps({**rows[0], "text": easy_lines()[0].text}))
-    with pytest.raises(UserError, match="1: `text` beside `messages`: a row has one or the other"):
-        read_training_data(lines)
+    lines.write_text(json.dumps({"text": easy_lines()[0].text, "prompt": "[INST] another column [/INST]"}))
+    assert read_training_data(lines) == easy_lines()[:1]
+    for messages in (rows[0]["messages"], json.dumps(rows[0]["messages"], indent=1)):
+        lines.write_text(json.dumps({"messages": messages, "text": easy_lines()[0].text}))
+        with pytest.raises(UserError, match="1: `text` beside `messages`: a row has one or the other"):
+            read_training_data(lines)
 
 
 def test_a_name_that_looks_like_a_pattern_is_of_one_file(tmp_path, rows):
@@ -146,10 +150,33 @@ def test_a_table_without_rows_is_refused_in_one_sentence(tmp_path, rows):
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PAR1 but no more PAR1"])
 def test_a_broken_parquet_file_is_refused_in_one_sentence(tmp_path, content):
-    path = tmp_path / "data.parquet"
-    path.write_bytes(content)
+    (tmp_path / "data.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"data\.parquet"):
-        read_training_data(path)
+        read_training_data(tmp_path / "data.parquet")
+
+
+def test_a_defect_of_ours_is_not_taken_for_a_mistake_in_the_table(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr("conversation.data.rows.parse_row", None)
+    with pytest.raises(TypeError, match="not callable"):
+        read_training_data(write_parquet(tmp_path / "data.parquet", rows[:1]))
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (UnusableJson("the key 'split' occurs twice in one object"), "rows have `text`"),
+        (RuntimeError("no reader for train_split.bin"), "rows have `text`"),
+        (ValueError('Unknown split "dev". Should be one of [train].'), "a split comes after a colon"),
+    ],
+)
+def test_only_a_split_that_is_not_there_is_answered_with_how_to_name_one(error, hint, tmp_path, monkeypatch):
+    def load(source, **options):
+        raise RuntimeError(f"cannot be generated: {error}") from error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match=f"cannot be read: {re.escape(str(error).rstrip('.'))}") as caught:
+        read_data_set(DataSet(str(tmp_path)))
+    assert caught.value.hint.startswith(hint)
 
 
 def test_parquet_by_another_name_is_recognised(tmp_path, rows):

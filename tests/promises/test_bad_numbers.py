@@ -62,9 +62,7 @@ def test_a_checkpoint_with_adapters_that_are_not_finite_does_not_stay(tmp_path):
     state = SimpleNamespace(is_world_process_zero=True, global_step=5)
     arguments = SimpleNamespace(output_dir=str(tmp_path))
     saving = CheckpointKeeper()
-    alone = SimpleNamespace(wait_for_everyone=lambda: None)
     saving.trainer = SimpleNamespace(
-        accelerator=alone,
         bad_numbers=lambda problem: UserError(f"{problem}; the examples"),
         save_progress=lambda checkpoint: None,
     )

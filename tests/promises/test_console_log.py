@@ -2,12 +2,13 @@
 
 import re
 import sys
+import threading
 
 import pytest
 from records import finished_attempt
 from scripts_at_work import finished, start
 
-from conversation.errors import UserError
+from conversation.errors import UserError, first_cause
 from conversation.runs import console, publishing
 from conversation.runs.folder import RunFolder
 
@@ -39,6 +40,35 @@ def test_a_defect_of_ours_leaves_its_traceback_in_the_log(trained, tmp_path):
     assert running.finish() == 1 and "Traceback" in running.output
     log = RunFolder(trained).console_log.read_text()
     assert "Traceback (most recent call last)" in log and log.splitlines()[-1].endswith("AssertionError: a defect")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("conversation.training.conversation_trainer", "backward_in_micro_batches"),
+        ("conversation.training.trainer", "replace_folder"),
+    ],
+    ids=["step", "end"],
+)
+def test_an_unknown_error_of_a_library_in_the_training_keeps_its_traceback(place, flags, tmp_path):
+    """A RuntimeError can be a full disk or exhausted memory, and is looked at. A driver's failure is neither."""
+    fault = ("a_defect_in", *place, RuntimeError)
+    run = RunFolder(tmp_path / "run")
+    more = ["--run_dir", run.path, "--max_steps", "2"]
+    running = start("train_conversation.py", *flags, *more, output=tmp_path / "out", faults=(fault,))
+    assert running.finish(120) == 1
+    for text in (running.output, run.console_log.read_text()):
+        assert "Traceback (most recent call last)" in text and text.splitlines()[-1].endswith("RuntimeError: a defect")
+
+
+def test_a_chain_of_causes_that_leads_back_into_itself_ends():
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__cause__, second.__cause__ = second, first
+    found = []
+    search = threading.Thread(target=lambda: found.append(first_cause(second)), daemon=True)
+    search.start()
+    search.join(30)
+    assert found in ([first], [second])
 
 
 class Broken:

@@ -14,7 +14,9 @@ from scripts_at_work import adapters, start
 from conversation.data.examples import to_jsonl
 from conversation.runs.folder import RunFolder
 from conversation.training.checkpoints import newest_intact_checkpoint
+from conversation.training.peer_monitor import KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, PATIENCE
 
+SECONDS_UNTIL_GONE = KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_PROBES
 FEW = ["--gradient_accumulation_steps", "4"]
 
 
@@ -113,10 +115,10 @@ def test_other_code_is_refused_before_data_and_base_are_read(two, tmp_path):
 
 @pytest.mark.parametrize("only", [0, 1])
 def test_a_process_that_does_not_come_is_not_waited_for_longer_than_a_minute(only, two, tmp_path):
-    from conversation.training import contact, meeting
+    from conversation.training import rendezvous
 
-    assert meeting.MEETING < 60 and contact.IDLE + contact.BETWEEN * contact.TRIES + contact.PATIENCE < 60
-    short = (("meeting_within", 2),)
+    assert rendezvous.RENDEZVOUS_SECONDS < 60 and SECONDS_UNTIL_GONE + PATIENCE < 60
+    short = (("rendezvous_within", 2),)
     ((status, output),) = two(only=[only], faults=(short, short))
     assert status == 2 and "error: the 2 processes of this training do not meet at 127.0.0.1:" in output, output
     assert "hint: start accelerate launch on every machine" in output and not (tmp_path / "run").exists()
@@ -127,6 +129,13 @@ def test_what_a_process_says_that_fails_alone_reaches_the_others(two, tmp_path):
     assert other == 2 and "missing.jsonl" in alone
     assert status == 1 and f"error: process 1 of 2 (host {socket.gethostname()}) has failed: " in output, output
     assert "missing.jsonl" in output and not (tmp_path / "run").exists()
+
+
+def test_a_process_with_too_little_memory_for_the_base_leaves_no_run_folder(two, tmp_path):
+    (status, output), (other, alone) = two(faults=((), (("too_little_memory",),)))
+    assert other == 2 and "error: too little memory: weights held in" in alone, alone
+    assert status == 1 and "has failed: too little memory" in output, output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_cannot_be_resumed_is_refused_by_both(two, tmp_path):

@@ -82,6 +82,7 @@ def test_a_recipe_names_real_settings(recipe):
         (["--max_steps", "0"], "--max_steps must be at least 1"),
         (["--no_such_flag"], "error: unrecognized arguments: --no_such_flag\nhint: train_conversation.py --help"),
         (["--json"], "--json goes with --check_data"),
+        (["--resume", "--check_data"], "--check_data reads no run"),
         (["--attempt", "--check_data"], "RETRAIN.sh names the run folder"),
         (["--fp16"], "fp16 is refused"),
         (["--bf16"], "bf16 is refused"),
@@ -112,6 +113,36 @@ def test_a_folder_that_is_no_run_is_refused(script, tmp_path):
     done = run_script(script, "--run_dir", tmp_path)
     assert done.returncode == 2 and "is not a run folder" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_attempt_is_of_one_process():
+    """Each of several would remove the attempt of another, and begin one."""
+    several = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    done = run_script("train_conversation.py", "--attempt", env={**several, "MASTER_ADDR": "::1", "MASTER_PORT": "9"})
+    assert done.returncode == 2 and "error: an attempt of RETRAIN.sh has one process" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --run_dir",
+        "train --resume --run_dir",
+        "merge --run_dir",
+        "test --model",
+        "evaluate --model",
+        "evaluate --compare",
+        "export --type q8_0 --model",
+        "serve --model",
+    ],
+)
+def test_a_link_that_leads_to_itself_is_refused_without_a_traceback(command, tmp_path, tiny_folder, easy_data):
+    (tmp_path / "loop").symlink_to("loop")
+    name, *flags = command.split()
+    script = next(each for each in SCRIPTS if each.startswith(name))
+    inputs = ["--base_model", tiny_folder, "--training_data", easy_data, "--device", "cpu"] if name == "train" else []
+    done = run_script(script, *inputs, *flags, tmp_path / "loop")
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "loop" in done.stderr and [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
 def test_paths_are_meant_from_the_folder_one_is_in(tmp_path, tiny_folder):

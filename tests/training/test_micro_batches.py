@@ -4,7 +4,6 @@ import weakref
 
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import (

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import given, settings
 from small_models import sequences_of_a_tree
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,10 +15,13 @@ from conftest import PROJECT, make_home
 from safetensors.torch import load_file
 from test_training import FLAGS, ONE_THREAD, train
 
+from conversation.errors import UserError
 from conversation.runs.files import file_hashes, write_json
 from conversation.runs.folder import RunFolder
+from conversation.training import processes, rendezvous
 from conversation.training.batches import OptimizerStepBatches
 from conversation.training.checkpoints import CHECKPOINT_HASHES, newest_intact_checkpoint
+from conversation.training.rendezvous import OPEN_PORTS
 
 
 @contextlib.contextmanager
@@ -106,6 +110,93 @@ def test_the_first_of_several_processes_chooses_the_run_folder_for_all(tmp_path,
     assert launcher.returncode == 0, errors
     (run,) = (home / "training-runs" / "conversation").glob("20*")
     assert run.name == "2026-01-01" and RunFolder(run).read().training.steps == 2
+
+
+class Others:
+    """A monitor of the other processes that is asked for the reason of an error."""
+
+    def __init__(self, *reasons):
+        self.reasons = list(reasons)
+
+    def wait_for_reason(self, seconds):
+        return self.reasons.pop(0)
+
+
+def what_comes_out_of(error, others, monkeypatch):
+    """What comes of an error in the blocks of the first process, one inside the other."""
+    monkeypatch.setattr(processes, "_group", SimpleNamespace(monitor=others))
+    with pytest.raises(BaseException) as caught:
+        with processes.peer_loss_as_user_error(), processes.peer_loss_as_user_error():
+            raise error
+    return caught.value
+
+
+@pytest.mark.parametrize("number", [(), (signal.SIGINT,), (signal.SIGUSR1,)])
+def test_what_a_user_stops_does_not_become_the_failure_of_another_process(number, monkeypatch):
+    """Ctrl-C reaches all processes. The others end at once, and say so."""
+    others = Others("process 1 of 2 has failed: stopped by SIGINT")
+    assert type(what_comes_out_of(KeyboardInterrupt(*number), others, monkeypatch)) is KeyboardInterrupt
+    assert len(others.reasons) == 1
+
+
+def test_an_error_asks_once_for_a_lost_process(monkeypatch):
+    """A defect that all have is not told as that of another, which ended while this one asked."""
+    others = Others("", "process 1 of 2 has failed: a defect, RuntimeError")
+    assert type(what_comes_out_of(RuntimeError("a defect"), others, monkeypatch)) is RuntimeError
+    others = Others("process 1 of 2 is lost: its process has ended")
+    for error in (RuntimeError("Connection closed by peer"), KeyboardInterrupt(signal.SIGTERM)):
+        found = what_comes_out_of(error, Others(*others.reasons), monkeypatch)
+        assert isinstance(found, UserError) and str(found) == others.reasons[0] and found.exit_status == 1
+
+
+class StoreThatGoes:
+    """The store of a first process that ends after all have met."""
+
+    def set(self, name, value):
+        pass
+
+    def check(self, names):
+        return True
+
+    def add(self, name, number):
+        return 2
+
+    def get(self, name):
+        if name.startswith("process"):
+            return b"{}"
+        raise torch.distributed.DistNetworkError("Connection reset by peer\nof the store")
+
+
+def test_a_first_process_that_ends_while_the_others_connect_to_it_is_told_in_a_sentence(monkeypatch):
+    place = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(StoreThatGoes(), 1, 2)]))
+    with pytest.raises(UserError, match=r"the 2 processes of this training do not meet .*: Connection reset by peer$"):
+        rendezvous.rendezvous()
+
+
+def test_a_process_that_is_lost_while_all_are_joined_is_named_without_a_hint_on_ports(monkeypatch):
+    others = Others("process 1 of 2 is lost: its process has ended", "")
+    monkeypatch.setattr(processes, "_group", SimpleNamespace(monitor=others, rank=0, names=["process 0 of 2"]))
+
+    class NotJoined:
+        _shared_state = None
+
+        def __init__(self, **options):
+            raise RuntimeError("Connection closed by peer\nin gloo")
+
+    monkeypatch.setattr("accelerate.PartialState", NotJoined)
+    for status, sentence in ((1, others.reasons[0]), (2, "process 0 of 2 is not joined with the others: Connection")):
+        with pytest.raises(UserError, match=f"^{sentence}") as caught:
+            processes._connect()
+        assert caught.value.exit_status == status and (OPEN_PORTS == caught.value.hint) == (status == 2)
 
 
 CHOOSE = """

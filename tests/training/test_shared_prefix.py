@@ -24,6 +24,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from conversation.models.adapters import add_adapters, lora_config
@@ -106,9 +108,21 @@ def capped_attention():
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE | config)).requires_grad_(False)
 
 
+def attention_dropout():
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.1)).requires_grad_(False)
+
+
+REFUSED = [
+    (trainable_head, "frozen"),
+    (scaled_logits, "plain loss"),
+    (capped_attention, "softcap"),
+    (attention_dropout, "attention dropout"),
+]
+
+
 @pytest.mark.parametrize(
     "make, reason",
-    [(trainable_head, "frozen"), (scaled_logits, "plain loss"), (capped_attention, "softcap")],
+    REFUSED,
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_models_with_another_loss_are_refused(make, reason):
@@ -118,6 +132,13 @@ def test_models_with_another_loss_are_refused(make, reason):
         torch.nn.init.normal_(parameter, std=0.2)
     with pytest.raises(ValueError, match=reason):
         use_shared_prefix_attention(model)
+
+
+def test_the_check_of_a_model_draws_no_random_numbers_of_the_run_and_leaves_its_mode():
+    model = add_adapters(llama(), TrainingConfig(lora_r=2, lora_dropout=0.3)).eval()
+    before = torch.random.get_rng_state()
+    use_shared_prefix_attention(model)
+    assert torch.equal(before, torch.random.get_rng_state()) and not model.training
 
 
 def test_a_model_that_was_not_prepared_is_refused(gemma_pair):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.multiprocessing
 from small_models import SHAPE, VOCABULARY, gemma3, sequence, with_adapters
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -10,7 +10,7 @@ from records import some_record
 from conversation.errors import UserError
 from conversation.runs import machine
 from conversation.runs.record import differences
-from conversation.training import meeting
+from conversation.training import rendezvous
 from conversation_config import TrainingConfig
 
 ADDRESSES = {
@@ -33,19 +33,63 @@ ADDRESSES = {
 def test_gloo_takes_the_interface_by_which_the_processes_met(own, interface, monkeypatch):
     found = {name: [SimpleNamespace(address=each) for each in addresses] for name, addresses in ADDRESSES.items()}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
-    monkeypatch.setattr(meeting.os, "environ", {})
-    meeting._choose_interface(own)
-    assert meeting.os.environ.get("GLOO_SOCKET_IFNAME") == interface
-    monkeypatch.setattr(meeting.os, "environ", {"GLOO_SOCKET_IFNAME": "wlan0"})
-    meeting._choose_interface(own)
-    assert meeting.os.environ["GLOO_SOCKET_IFNAME"] == "wlan0"  # what a user has set stays
+    assert chosen(monkeypatch, 0, own) == interface
+    assert chosen(monkeypatch, 0, own, {"GLOO_SOCKET_IFNAME": "wlan0"}) == "wlan0"  # what a user has set stays
+
+
+def chosen(monkeypatch, rank, own, environment=None, store=None):
+    """The interface that a process of a rank lets gloo use. `own`: its addresses."""
+    monkeypatch.setattr(rendezvous.os, "environ", {**(environment or {})})
+    rendezvous.choose_interface(rank, own, Store() if store is None else store)
+    return rendezvous.os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+class Store(dict):
+    """A store that all processes have, as torch.distributed's."""
+
+    set, get = dict.__setitem__, dict.__getitem__
+
+
+def test_a_process_beside_the_first_takes_the_interface_of_the_first(monkeypatch):
+    """It reaches it over the loopback, which others could not: Debian's own host name means 127.0.1.1."""
+    found = {name: [SimpleNamespace(address=each) for each in addresses] for name, addresses in ADDRESSES.items()}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    store = Store()
+    assert chosen(monkeypatch, 0, ["127.0.1.1", "10.99.0.1"], store=store) == "eth0"
+    assert chosen(monkeypatch, 1, ["127.0.1.1"], store=store) == "eth0"
+    assert chosen(monkeypatch, 2, ["10.99.0.1"], store=Store()) == "eth0"  # elsewhere: as it is reached
+    store = Store()
+    assert chosen(monkeypatch, 0, ["127.0.0.1"], store=store) == chosen(monkeypatch, 1, ["::1"], store=store) == "lo"
+    store = Store()
+    assert chosen(monkeypatch, 0, ["192.168.7.7"], store=store) is None
+    assert chosen(monkeypatch, 1, ["127.0.0.1"], store=store) is None
+
+
+class StoreOfTwo:
+    """A store in which the other process has said nothing."""
+
+    def set(self, name, value):
+        pass
+
+    def check(self, names):
+        return names == ["record 0"]
+
+
+def test_a_process_that_is_lost_is_not_waited_for_any_longer():
+    monitor = SimpleNamespace(reason="")
+    names = ["process 0 of 2", "process 1 of 2"]
+    group = rendezvous.Group(0, names, "127.0.0.1:1", StoreOfTwo(), monitor)
+    with pytest.raises(UserError, match="the 2 processes of this training do not meet"):
+        group.all_gather("record", {}, 0.2)
+    monitor.reason = "process 1 of 2 has failed: no data"
+    with pytest.raises(UserError, match="process 1 of 2 has failed: no data") as lost:
+        group.all_gather("record", {}, 20)
+    assert lost.value.exit_status == 1
 
 
 def compare(*found):
     """Compare what processes said of themselves when they met."""
-    made = object.__new__(meeting.Group)
-    made.names = [f"process {rank}" for rank in range(len(found))]
-    made._check_same_program(list(found))
+    rendezvous.check_same_program([f"process {rank}" for rank in range(len(found))], list(found))
 
 
 def test_code_device_and_versions_are_compared_and_every_difference_is_listed():
@@ -59,6 +103,9 @@ def test_code_device_and_versions_are_compared_and_every_difference_is_listed():
         "  torch: process 0 has 2.13.0, process 2 has 2.12.0",
         "  trl: process 0 has 1.0, process 2 has None",
     ]
+    nightly = [{**first, "torch": f"2.14.0.dev2026110{day}"} for day in (1, 2)]
+    with pytest.raises(UserError, match=r"torch: process 0 has 2.14.0.dev20261101, process 1 has 2.14.0.dev20261102"):
+        compare(*nightly)
 
 
 def test_the_hash_of_the_code_is_of_names_and_contents_of_the_modules_only(tmp_path, monkeypatch):
