@@ -48,6 +48,7 @@ def bars_drawn(monkeypatch) -> list:
         shown.extend((name, texts[i * len(labels) : (i + 1) * len(labels)]) for i, name in enumerate(bars))
 
     monkeypatch.setattr(comparison, "_grouped_bars", noted)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *given, **named: None)  # it takes a second
     return shown
 
 
