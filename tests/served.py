@@ -17,6 +17,7 @@ from conversation.answering.server import Service, make_app
 from conversation.format.calls import FollowUp, Prompt
 from conversation.runs.conversation_files import ConversationFiles
 
+MODEL = "fake-model"
 FRAGMENTS = ("A pattern for chaining.", "Like a box with rules.")
 FOLLOW_UPS = (
     FollowUp("Example?", "0.55", "monad_example"),
@@ -31,8 +32,8 @@ class FakeEngine:
     `hold` is an event to wait for before each part, to keep an answer at work.
     """
 
-    name = "fake-model"
-    engine = "fake"
+    name = "fake-model, q8_0"  # what is shown; the model's id is MODEL
+    program = "fake"
     device = "cpu (fake)"
     context = 2048
 
@@ -77,7 +78,7 @@ def serving(folder: Path, engine=None, access: Access | None = None, open_engine
     (web / "index.html").write_text("<!doctype html><title>page</title>")
     (web / "app.js").write_text("export {};")
     files = ConversationFiles(folder / "conversations", folder / "own_trees")
-    app = make_app(Service(queue, files, "fake-model", web), access or Access())
+    app = make_app(Service(queue, files, MODEL, web), access or Access())
     port = listener.getsockname()[1]
     stopping: dict = {}
     thread = threading.Thread(target=_run, args=(app, listener, queue, stopping), daemon=True)

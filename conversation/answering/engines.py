@@ -43,10 +43,11 @@ def never() -> bool:
 class Engine(Protocol):
     """A model that answers. One caller at a time.
 
-    `name`: what is shown. `device`: where it computes, and why. `context`: the longest prompt and answer, in tokens.
+    `name`: what is shown. `program`: what it runs in, for people. `device`: where it computes, and why. `context`: the longest prompt and answer, in tokens.
     """
 
     name: str
+    program: str
     device: str
     context: int
 
@@ -63,12 +64,12 @@ class Engine(Protocol):
 
 
 class GrammarEngine:
-    """An engine from a vocabulary and an empty memory of a model. `engine` names the program, for people."""
+    """An engine from a vocabulary and an empty memory of a model."""
 
     def __init__(
-        self, name: str, engine: str, device: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
+        self, name: str, program: str, device: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
     ) -> None:
-        self.name, self.engine, self.device, self.context = name, engine, device, context
+        self.name, self.program, self.device, self.context = name, program, device, context
         self.vocabulary = vocabulary
         self._tokens = AllowedTokens(vocabulary)
         self._cache = PrefixCache(empty)

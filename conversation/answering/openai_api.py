@@ -68,8 +68,8 @@ class _Usage:
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
 
 
-def openai_routes(queue: AnswerQueue, name: Callable[[], str]) -> list[Route]:
-    """The routes of a server whose model has this name."""
+def openai_routes(queue: AnswerQueue, name: str) -> list[Route]:
+    """The routes of a server whose model has this id."""
     api = OpenAiApi(queue, name)
     return [
         Route("/v1/models", api.models),
@@ -79,7 +79,7 @@ def openai_routes(queue: AnswerQueue, name: Callable[[], str]) -> list[Route]:
 
 
 class OpenAiApi:
-    def __init__(self, queue: AnswerQueue, name: Callable[[], str]):
+    def __init__(self, queue: AnswerQueue, name: str):
         self._queue, self._name = queue, name
         self._created = int(time.time())
 
@@ -95,7 +95,7 @@ class OpenAiApi:
         self._check_model(asked.model)
         client = request.client.host if request.client else ""
         job = self._queue.submit(work_for(asked), client)
-        completion = _Completion(asked, self._name())
+        completion = _Completion(asked, self._name)
         if not asked.stream:
 
             async def whole() -> Response:
@@ -128,11 +128,11 @@ class OpenAiApi:
         return await unless_gone(request, job, prompt_read)
 
     def _card(self) -> Json:
-        return {"id": self._name(), "object": "model", "created": self._created, "owned_by": "conversation"}
+        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "conversation"}
 
     def _check_model(self, name: str) -> None:
-        if name != self._name():
-            problem = f"the model {name[:100]!r} is not served here, {self._name()!r} is"
+        if name != self._name:
+            problem = f"the model {name[:100]!r} is not served here, {self._name!r} is"
             raise Refused(404, problem, parameter="model", code="model_not_found")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from types import SimpleNamespace
 
@@ -204,6 +205,27 @@ def test_the_model_is_listed_and_another_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_the_id_that_is_listed_while_the_model_loads_stays_its_id(tmp_path):
+    loaded, engine = threading.Event(), FakeEngine()
+    engine.name = "shown otherwise, q8_0"
+
+    def load():
+        loaded.wait(20)
+        return engine
+
+    with serving(tmp_path, engine, open_engine=load) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        listed = client.models.list().data[0].id
+        assert server.call("GET", "/health")[2]["status"] == "loading"
+        loaded.set()
+        for _ in range(2):  # one that may have waited while it loaded, and one after
+            answer = client.chat.completions.create(model=listed, messages=QUESTION)
+            assert (answer.model, answer.choices[0].message.content) == (listed, "\n".join(FRAGMENTS))
+        assert [model.id for model in client.models.list()] == [listed]
+        assert server.call("GET", "/health")[2]["model"] == listed
+        assert server.call("GET", "/api/model")[2]["name"] == "shown otherwise, q8_0"
 
 
 ASSISTANT = {"role": "assistant", "tool_calls": [{"function": {"name": "add_text", "arguments": "{"}}]}

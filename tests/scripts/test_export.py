@@ -77,7 +77,7 @@ def test_a_run_is_then_answered_for_by_its_q8_0_file(exported):
     run, _ = exported
     engine = open_engine(run.path)
     assert engine.device == "cpu (llama.cpp)"
-    assert engine.name == "2026-01-02, q8_0" and engine.engine.startswith("llama.cpp")
+    assert engine.name == "2026-01-02, q8_0" and engine.program.startswith("llama.cpp")
     alone = open_engine(run.exported / "conversation-2026-01-02-q8_0.gguf")
     assert engine.answer(Prompt("Why?")) == alone.answer(Prompt("Why?"))
 

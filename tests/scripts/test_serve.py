@@ -22,6 +22,7 @@ from conversation.data.conversations import parse_conversation
 from conversation.data.own_trees import training_tree
 from conversation.data.trees import read_trees
 from conversation.errors import UserError
+from serve_conversation_model import name_of
 
 SERVE = "serve_conversation_model.py"
 FAKE = """
@@ -126,6 +127,13 @@ def test_a_port_in_use_is_said_and_the_next_free_one_taken(tmp_path):
         _, out, _ = served.end()
         assert port < served.port <= port + 19
         assert f"Port {port} is in use; this server takes {served.port}." in out
+
+
+def test_the_model_has_the_name_of_its_file_or_folder(tmp_path):
+    file, folder = tmp_path / "conversation-2026.01.02-q8_0.gguf", tmp_path / "2026.01.02"
+    file.write_bytes(b"GGUF")
+    folder.mkdir()
+    assert [name_of(each) for each in (file, folder)] == ["conversation-2026.01.02-q8_0", "2026.01.02"]
 
 
 def test_a_key_from_the_variable_is_asked_for(tmp_path):
