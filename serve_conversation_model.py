@@ -46,7 +46,9 @@ def main() -> int:
         set_up_libraries()
         from conversation.answering.engines import open_engine
 
-        return open_engine(source, args.device)
+        engine = open_engine(source, args.device)
+        engine.warm_up()
+        return engine
 
     listener = listen(args.host, args.port)
     key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -111,7 +113,7 @@ def model_of(args: argparse.Namespace) -> Path:
 
 
 def name_of(source: Path) -> str:
-    """The model's id in the API. It is known before the model is loaded, and an export of the run leaves it as it is."""
+    """The model's id in the API: known before the model is loaded, and the same after an export of the run."""
     source = source.resolve()
     return source.stem if source.is_file() else source.name
 

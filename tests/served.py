@@ -11,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from conversation.answering.answer_queue import AnswerQueue
+from conversation.answering.constrained import Written
+from conversation.answering.decoding import CONSTRAINED
 from conversation.answering.guard import Access
 from conversation.answering.listening import listen
 from conversation.answering.server import Service, make_app
 from conversation.format.calls import FollowUp, Prompt
+from conversation.format.grammar import ADD_CHOICE, ADD_TEXT
 from conversation.runs.conversation_files import ConversationFiles
 
 MODEL = "fake-model"
@@ -24,6 +27,15 @@ FOLLOW_UPS = (
     FollowUp("Why use it?", "0.21", "monad_why"),
     FollowUp("vs a functor?", "0.16", "monad_vs_functor"),
 )
+
+
+def written(part: str | FollowUp) -> Written:
+    """A call as a model writes it, of some tokens more than it has words."""
+    values = (part,) if isinstance(part, str) else (part.text, part.confidence, part.target)
+    return Written(ADD_TEXT if isinstance(part, str) else ADD_CHOICE, values, [7] * (4 + len(values[0].split())))
+
+
+CALLS = tuple(map(written, (*FRAGMENTS, *FOLLOW_UPS)))
 
 
 class FakeEngine:
@@ -49,12 +61,15 @@ class FakeEngine:
     def count_tokens(self, prompt: Prompt) -> int:
         return len(prompt.text.split())
 
-    def stream(self, prompt, stopped=lambda: False, decoding=None):
+    def warm_up(self) -> None:
+        pass
+
+    def stream(self, prompt, stopped=lambda: False, decoding=CONSTRAINED):
         self.asked.append(prompt)
         self.decodings.append(decoding)
         if self.fails:
             raise self.fails
-        for number, part in enumerate((*FRAGMENTS, *FOLLOW_UPS)):
+        for number, written in enumerate(CALLS):
             ends = time.monotonic() + self.pace
             while time.monotonic() < ends or not self.hold.is_set():
                 if stopped():
@@ -64,7 +79,7 @@ class FakeEngine:
             if stopped():
                 self.stopped_after.append(number)
                 return
-            yield part
+            yield written
 
 
 @contextlib.contextmanager
