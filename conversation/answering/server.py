@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Scope
 
 from conversation.answering.answer_queue import AnswerQueue, Changed, Ending, QueueFull
-from conversation.answering.asking import TEMPERATURE, Sampling, ask, make_prompt, one_line
+from conversation.answering.asking import TEMPERATURE, ask, decoding_of, make_prompt, one_line
 from conversation.answering.guard import Access, Guard
 from conversation.answering.http_requests import MAX_DOCUMENT, JobResponse, event, read_object, results_or_pings
 from conversation.answering.openai_api import openai_routes
@@ -106,9 +106,9 @@ class OwnApi:
         seed = _field(body, "seed", int, None)
         if seed is not None and not 0 <= seed < 2**63:
             raise Refused(400, "seed must be at least 0 and less than 2^63", parameter="seed")
-        sampling = Sampling(TEMPERATURE, seed=seed) if seed is not None else Sampling()
+        decoding = decoding_of(0.0 if seed is None else TEMPERATURE, 1.0, seed or 0)
         started = time.monotonic()
-        job = self._queue.submit(ask(prompt, sampling), client_of(request), prefetch)
+        job = self._queue.submit(ask(prompt, decoding), client_of(request), prefetch)
 
         async def events() -> AsyncIterator[bytes]:
             try:

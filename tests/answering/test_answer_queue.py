@@ -195,10 +195,10 @@ def test_an_engine_that_cannot_be_opened_refuses_who_waits_and_who_comes_later()
         waiting = [queue.submit(saying([], "x"), "a", prefetch) for prefetch in (False, True)]
         opening.set()
         for job in waiting:
-            with pytest.raises(Refused, match="^the model cannot be loaded$") as caught:
+            with pytest.raises(Refused, match=r"^the model cannot be loaded$") as caught:
                 await job.next()
             assert caught.value.status == 503
-        with pytest.raises(Refused, match="^the model cannot be loaded$"):
+        with pytest.raises(Refused, match=r"^the model cannot be loaded$"):
             queue.submit(saying([], "x"), "a")
         assert str(queue.failure) == "the model at /home/x is broken"
 

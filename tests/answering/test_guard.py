@@ -148,7 +148,17 @@ def test_a_reader_logs_in_once_and_the_page_works_by_its_cookie(locked):
     assert locked.call("POST", "/api/answer", QUESTION, {"Cookie": "conversation_key=x"})[0] == 401
 
 
-ODD_COOKIES = ('theme={"mode":"dark"}', "x=[1, 2]", "a", "=", "a b=c", "\xe4=\xe4", 'q="', "k@(:)=1", "conversation_key_=x")
+ODD_COOKIES = (
+    'theme={"mode":"dark"}',
+    "x=[1, 2]",
+    "a",
+    "=",
+    "a b=c",
+    "\xe4=\xe4",
+    'q="',
+    "k@(:)=1",
+    "conversation_key_=x",
+)
 
 
 @given(others=st.lists(st.sampled_from(ODD_COOKIES) | st.text(st.characters(max_codepoint=255), max_size=8)))
