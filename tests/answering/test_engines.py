@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from conversation.answering import decoding, engines, prefix_cache
+from conversation.answering import asking, decoding, engines, prefix_cache
 from conversation.answering.decoding import CONSTRAINED, GREEDY, Decoding, generate_answer
 from conversation.answering.engines import CONTEXT, open_engine
 from conversation.answering.llama_cpp_reading import GgufVocabulary
@@ -56,7 +56,7 @@ def short_answers():
     with pytest.MonkeyPatch.context() as patch:
         for kind, length in ((Value.FRAGMENT, 9), (Value.FOLLOW_UP, 6), (Value.TARGET, 5)):
             patch.setitem(MAX_CHARACTERS, kind, length)
-        for module in (engines, decoding):
+        for module in (engines, decoding, asking):
             patch.setattr(module, "MAX_NEW_TOKENS", 60)
         yield
 
