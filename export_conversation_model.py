@@ -27,7 +27,7 @@ from conversation.data.questions import THREE_CASES, read_questions
 from conversation.errors import GO_ON, TRIED_AND_FAILED, CommandLine, UserError, run_main
 from conversation.format.gbnf import gbnf
 from conversation.format.ollama import modelfile
-from conversation.runs.export_record import Export, read_export, write_export
+from conversation.runs.export_record import Export, ExportedFile, read_export, write_export
 from conversation.runs.files import (
     check_disk_space,
     find_damage,
@@ -150,11 +150,17 @@ def export(
             continue
         done = done.with_file(found)
         write_export(done, output / "export.json")
-        write_atomically(output / "Modelfile", modelfile(done.files[0].file).encode())
+        write_atomically(output / "Modelfile", modelfile(file_for_ollama(done, found, output)).encode())
         print(f"Exported: {shown(output / found.file)}, {found}", flush=True)
     if failed:
         raise UserError("\n".join(map(str, failed)), failed[0].hint, TRIED_AND_FAILED)
     return 0
+
+
+def file_for_ollama(export: Export, newest: ExportedFile, output: Path) -> str:
+    """The name of the best file that is there and was not forced, as our server takes it; else of the newest one."""
+    there = [each.file for each in export.best_first() if (output / each.file).is_file()]
+    return there[0] if there else newest.file
 
 
 def manifest_files(path: Path) -> dict[str, str]:
@@ -187,6 +193,8 @@ def metadata_of(
     record: RunRecord | None, run_name: str | None, files: dict[str, str], parameters: int, tokenizer_fingerprint: str
 ) -> dict[str, str]:
     """What a file says about its origin: licence, base, run, fingerprint."""
+    from conversation.answering.vocabulary import FINGERPRINT_KEY
+
     found = {
         "general.name": "Conversation model",
         "general.description": "Answers a question in short texts, and predicts three follow-up questions.",
@@ -194,7 +202,7 @@ def metadata_of(
         "general.license.name": "Gemma Terms of Use",
         "general.license.link": "https://ai.google.dev/gemma/terms",
         "general.size_label": f"{parameters / 1e6:.0f}M",
-        "conversation.tokenizer_fingerprint": tokenizer_fingerprint,
+        FINGERPRINT_KEY: tokenizer_fingerprint,
     }
     found |= {f"conversation.sha256.{name}": digest for name, digest in files.items() if name.endswith(".safetensors")}
     if record:

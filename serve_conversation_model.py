@@ -46,7 +46,9 @@ def main() -> int:
         set_up_libraries()
         from conversation.answering.engines import open_engine
 
-        return open_engine(source, args.device)
+        engine = open_engine(source, args.device)
+        engine.warm_up()
+        return engine
 
     listener = listen(args.host, args.port)
     key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -55,7 +57,7 @@ def main() -> int:
     conversations, own_trees = CONVERSATIONS, OWN_TREES
     if args.data_dir:
         conversations, own_trees = args.data_dir / CONVERSATIONS.name, args.data_dir / OWN_TREES.name
-    service = Service(queue, ConversationFiles(conversations, own_trees), source.resolve().name)
+    service = Service(queue, ConversationFiles(conversations, own_trees), name_of(source))
     url, port = url_of(listener), listener.getsockname()[1]
     if args.port not in (0, port):
         print(f"Port {args.port} is in use; this server takes {port}.")
@@ -108,6 +110,12 @@ def model_of(args: argparse.Namespace) -> Path:
     if not source.exists():
         raise UserError(f"there is no model at {source}", "name a run folder, a merged folder or a .gguf file")
     return source
+
+
+def name_of(source: Path) -> str:
+    """The model's id in the API: known before the model is loaded, and the same after an export of the run."""
+    source = source.resolve()
+    return source.stem if source.is_file() else source.name
 
 
 def check_packages() -> None:

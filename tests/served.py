@@ -11,12 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from conversation.answering.answer_queue import AnswerQueue
+from conversation.answering.constrained import Written
+from conversation.answering.decoding import CONSTRAINED
 from conversation.answering.guard import Access
 from conversation.answering.listening import listen
 from conversation.answering.server import Service, make_app
 from conversation.format.calls import FollowUp, Prompt
+from conversation.format.grammar import ADD_CHOICE, ADD_TEXT
 from conversation.runs.conversation_files import ConversationFiles
 
+MODEL = "fake-model"
 FRAGMENTS = ("A pattern for chaining.", "Like a box with rules.")
 FOLLOW_UPS = (
     FollowUp("Example?", "0.55", "monad_example"),
@@ -25,14 +29,23 @@ FOLLOW_UPS = (
 )
 
 
+def written(part: str | FollowUp) -> Written:
+    """A call as a model writes it, of some tokens more than it has words."""
+    values = (part,) if isinstance(part, str) else (part.text, part.confidence, part.target)
+    return Written(ADD_TEXT if isinstance(part, str) else ADD_CHOICE, values, [7] * (4 + len(values[0].split())))
+
+
+CALLS = tuple(map(written, (*FRAGMENTS, *FOLLOW_UPS)))
+
+
 class FakeEngine:
     """Answers every question alike, as fast as `pace` seconds a part; `asked` are the prompts that it got.
 
     `hold` is an event to wait for before each part, to keep an answer at work.
     """
 
-    name = "fake-model"
-    engine = "fake"
+    name = "fake-model, q8_0"  # what is shown; the model's id is MODEL
+    program = "fake"
     device = "cpu (fake)"
     context = 2048
 
@@ -48,12 +61,15 @@ class FakeEngine:
     def count_tokens(self, prompt: Prompt) -> int:
         return len(prompt.text.split())
 
-    def stream(self, prompt, stopped=lambda: False, decoding=None):
+    def warm_up(self) -> None:
+        pass
+
+    def stream(self, prompt, stopped=lambda: False, decoding=CONSTRAINED):
         self.asked.append(prompt)
         self.decodings.append(decoding)
         if self.fails:
             raise self.fails
-        for number, part in enumerate((*FRAGMENTS, *FOLLOW_UPS)):
+        for number, written in enumerate(CALLS):
             ends = time.monotonic() + self.pace
             while time.monotonic() < ends or not self.hold.is_set():
                 if stopped():
@@ -63,7 +79,7 @@ class FakeEngine:
             if stopped():
                 self.stopped_after.append(number)
                 return
-            yield part
+            yield written
 
 
 @contextlib.contextmanager
@@ -77,7 +93,7 @@ def serving(folder: Path, engine=None, access: Access | None = None, open_engine
     (web / "index.html").write_text("<!doctype html><title>page</title>")
     (web / "app.js").write_text("export {};")
     files = ConversationFiles(folder / "conversations", folder / "own_trees")
-    app = make_app(Service(queue, files, "fake-model", web), access or Access())
+    app = make_app(Service(queue, files, MODEL, web), access or Access())
     port = listener.getsockname()[1]
     stopping: dict = {}
     thread = threading.Thread(target=_run, args=(app, listener, queue, stopping), daemon=True)

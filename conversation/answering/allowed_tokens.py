@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from typing import TYPE_CHECKING
@@ -33,15 +34,13 @@ class AllowedTokens:
         self.texts, self.escape = vocabulary.texts, vocabulary.escape
         texts = self.texts
         self._lengths = np.array([len(text) for text in texts])
-        self._control_tokens = pattern_of(vocabulary.special)
+        control_tokens = pattern_of(vocabulary.special)
         line = [token for token in vocabulary.plain if texts[token] and is_one_line(texts[token])]
-        line = [token for token in line if not self._control_tokens.search(texts[token])]
+        line = [token for token in line if not control_tokens.search(texts[token])]
         line = [token for token in line if "\ufffd" not in texts[token]]  # half a character of a byte-level BPE
         self._line = self._mask(line)
         self._not_blank = self._mask([token for token in line if texts[token].strip()])
-        self._openings = {name[0] for name in vocabulary.special}
-        ends = {name[-1] for name in vocabulary.special}  # what may end the name of a control token
-        self._closing = [token for token in line if ends.intersection(texts[token])]
+        self._line_by_text = sorted(line, key=texts.__getitem__)
         target = [token for token in line if _TARGET_TOKEN.fullmatch(texts[token])]
         self._target = self._mask(target)
         self._target_start = self._mask([token for token in target if texts[token][0] != "_"])
@@ -63,13 +62,20 @@ class AllowedTokens:
             allowed = allowed & (self._lengths + self._underscore_last <= left)
         else:
             allowed = (self._line if text else self._not_blank) & (self._lengths <= left)
-            spelling = self._openings.intersection(text)  # no control token may be spelled out, either
-            for token in self._closing if spelling else ():
-                if not may_go_on(kind, text + self.texts[token], self._control_tokens):
-                    allowed[token] = False
+            for name in self.vocabulary.special:  # no control token may be spelled out, either
+                for begun in range(1, len(name)):
+                    if text.endswith(name[:begun]):
+                        allowed[self._line_beginning_with(name[begun:])] = False
         if text and may_end(kind, text):
             allowed[self.escape] = True
         return allowed
+
+    def _line_beginning_with(self, start: str) -> list[int]:
+        """The tokens of one line that begin with a text. They lie side by side: two binary searches find them."""
+        tokens, texts = self._line_by_text, self.texts
+        first = bisect.bisect_left(tokens, start, key=texts.__getitem__)
+        end = bisect.bisect_left(tokens, True, first, key=lambda token: not texts[token].startswith(start))
+        return tokens[first:end]
 
     def _mask(self, tokens: list[int]) -> NDArray[np.bool_]:
         mask = np.zeros(len(self.texts), dtype=np.bool_)

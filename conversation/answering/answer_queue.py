@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from conversation.answering.refusals import refusal_of
+from conversation.answering.refusals import Refused, refusal_of
 from conversation.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,33 +103,37 @@ class _Waiting:
         return sum(not job.cancelled for job in list(self._of.get(client, ())))
 
     def add(self, job: Job, first: bool = False) -> None:
+        self._drop_cancelled()
         jobs = self._of.setdefault(job.client, deque())
         jobs.appendleft(job) if first else jobs.append(job)
 
     def take(self) -> Job | None:
-        while self._of:
-            client, jobs = next(iter(self._of.items()))
-            job = jobs.popleft()
-            del self._of[client]
-            if jobs:
-                self._of[client] = jobs  # behind the others
-            if not job.cancelled:
-                return job
-        return None
+        self._drop_cancelled()
+        if not self._of:
+            return None
+        client, jobs = self._of.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._of[client] = jobs  # behind the others
+        return job
+
+    def _drop_cancelled(self) -> None:
+        """Who left takes neither memory, a prompt may have a megabyte, nor its client's turn."""
+        live = ((client, deque(job for job in jobs if not job.cancelled)) for client, jobs in self._of.items())
+        self._of = OrderedDict((client, jobs) for client, jobs in live if jobs)
 
 
 class AnswerQueue:
     """The queue and its thread. `submit` is for the event loop; the rest may be called from anywhere.
 
-    `on_failure` is called from the thread with what `open_engine` raised; every request then fails with it, too.
+    `engine`: None until it is open. `failure`: what `open_engine` raised, for the one who runs the server; every
+    request is then refused.
     """
 
-    def __init__(
-        self, open_engine: Callable[[], Engine], on_failure: Callable[[BaseException], None] = lambda error: None
-    ):
+    def __init__(self, open_engine: Callable[[], Engine]):
         self.engine: Engine | None = None
         self.failure: BaseException | None = None
-        self._open_engine, self._on_failure = open_engine, on_failure
+        self._open_engine = open_engine
         self._asked, self._prefetches = _Waiting(), _Waiting()
         self._change = threading.Condition()
         self._current: Job | None = None
@@ -141,11 +145,11 @@ class AnswerQueue:
         self._thread.start()
 
     def submit(self, work: Work, client: str, prefetch: bool = False) -> Job:
-        """Let a request wait for its turn. Raises QueueFull, Ending."""
+        """Let a request wait for its turn. Raises QueueFull, Ending, and Refused without an engine."""
         job = Job(work, client, prefetch)
         with self._change:
             if self._ending:
-                raise Ending
+                raise self._why_not()
             waiting = self._prefetches if prefetch else self._asked
             most = MAX_PREFETCHES if prefetch else MAX_WAITING
             if len(waiting) >= most or waiting.of(client) >= min(most, MAX_WAITING_OF_ONE):
@@ -166,11 +170,17 @@ class AnswerQueue:
             self._ending = True
             for waiting in (self._asked, self._prefetches):
                 while job := waiting.take():
-                    job.put(Ending())
+                    job.put(self._why_not())
             if self._current and self._current.prefetch:
                 self._current.put(Ending())
                 self._current.cancel()
             self._change.notify()
+
+    def _why_not(self) -> Exception:
+        """What a request is told that is not taken, or given up."""
+        if self.failure:
+            return Refused(503, "the model cannot be loaded", "the server's console says why", code="not_loaded")
+        return Ending()
 
     def stop(self, seconds: float = 5.0) -> None:
         """End at once: the answer at work stops before its next token. Waits so long for the thread."""
@@ -189,7 +199,6 @@ class AnswerQueue:
             self.engine = self._open_engine()
         except BaseException as error:
             self.failure = error
-            self._on_failure(error)
             self.end()
             return
         while job := self._next():
@@ -227,7 +236,7 @@ class AnswerQueue:
                         job.put(result)
                     elif result != job.sent[number]:
                         raise Changed
-        except Exception as error:
+        except BaseException as error:  # whatever it is: without this thread all others would wait for ever
             job.put(error if isinstance(error, Changed | UserError) else refusal_of(error))
             return False
         if put_back and not job.cancelled:

@@ -7,11 +7,12 @@ was tested with this one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from conversation.answering.decoding import CONSTRAINED, Decoding
 from conversation.answering.refusals import Refused
+from conversation.errors import UserError
 from conversation.format.calls import FollowUp, Prompt, Utterance
 from conversation_config import MAX_NEW_TOKENS
 
@@ -23,22 +24,27 @@ _NOT_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 TEMPERATURE = 0.7  # of an answer that is to differ
 
 
-@dataclass(frozen=True)
-class Sampling:
+class TooLong(UserError):
+    """No answer fits behind a prompt."""
+
+    def __init__(self, tokens: int, context: int):
+        super().__init__(
+            f"the conversation is too long: {tokens} tokens, and {MAX_NEW_TOKENS} for an answer, of at most {context}",
+            "begin a new conversation, or go on from an earlier question",
+        )
+
+
+def check_room(tokens: int, context: int) -> None:
+    """Raises TooLong for a prompt of so many tokens behind which no answer fits."""
+    if tokens + MAX_NEW_TOKENS > context:
+        raise TooLong(tokens, context)
+
+
+def decoding_of(temperature: float, top_p: float, seed: int) -> Decoding:
     """How an answer is chosen: the likeliest one (temperature 0), or a drawn one. Always within the grammar."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def stream(self, engine: Engine, prompt: Prompt, stopped: Callable[[], bool]) -> Iterator[str | FollowUp]:
-        """The parts of an answer that is chosen so."""
-        if self.temperature < 0.01 or self.top_p <= 0:
-            return engine.stream(prompt, stopped)  # the likeliest is what every engine answers by itself
-        from conversation.answering.decoding import Decoding
-
-        drawn = Decoding("drawn", temperature=self.temperature, top_p=self.top_p, seed=self.seed)
-        return engine.stream(prompt, stopped, drawn)
+    if temperature < 0.01 or top_p <= 0:
+        return CONSTRAINED
+    return Decoding("drawn", temperature=temperature, top_p=top_p, seed=seed)
 
 
 def one_line(text: str, parameter: str) -> str:
@@ -60,25 +66,18 @@ def make_prompt(question: str, history: Sequence[Utterance], parameter: str) -> 
 
 
 def check_length(engine: Engine, prompt: Prompt) -> int:
-    """The prompt's tokens. Raises Refused when no answer fits behind it."""
+    """The prompt's tokens. Raises TooLong when no answer fits behind it."""
     tokens = engine.count_tokens(prompt)
-    if tokens + MAX_NEW_TOKENS > engine.context:
-        raise Refused(
-            400,
-            f"the conversation is too long: {tokens} tokens, and up to {MAX_NEW_TOKENS} for an answer, of at most "
-            f"{engine.context}",
-            "begin a new conversation, or go on from an earlier question",
-            "messages",
-            "context_length_exceeded",
-        )
+    check_room(tokens, engine.context)
     return tokens
 
 
-def ask(prompt: Prompt, sampling: Sampling) -> Callable[[Engine, Callable[[], bool]], Generator[Any, None, None]]:
+def ask(prompt: Prompt, decoding: Decoding) -> Callable[[Engine, Callable[[], bool]], Generator[Any, None, None]]:
     """Work for the queue: an answer's fragments and follow-ups, each as soon as it is whole."""
 
     def work(engine: Engine, stopped: Callable[[], bool]) -> Generator[str | FollowUp, None, None]:
         check_length(engine, prompt)
-        yield from sampling.stream(engine, prompt, stopped)
+        for written in engine.stream(prompt, stopped, decoding):
+            yield written.content
 
     return work

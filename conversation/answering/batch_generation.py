@@ -24,7 +24,8 @@ from torch import Tensor
 
 from conversation.answering.constrained import Draw
 from conversation.answering.token_losses import PACKED_TOKENS, packed_positions, read_prefix_trees
-from conversation.training.prefix_tree import TokenSequence, build_prefix_tree, common_prefix_length
+from conversation.models.tokenizer import common_prefix_length
+from conversation.training.prefix_tree import TokenSequence, build_prefix_tree
 from conversation.training.shared_prefix import find_causal_lm, hidden_states
 
 CELLS = 40_000

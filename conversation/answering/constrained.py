@@ -8,7 +8,7 @@ to its closest call between two tokens and takes the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from conversation.answering.allowed_tokens import AllowedTokens
 from conversation.format.calls import MAX_FRAGMENTS, NUM_FOLLOW_UPS, FollowUp, repeated
 from conversation.format.control_tokens import END_OF_TURN, Control
 from conversation.format.grammar import ADD_CHOICE, ADD_TEXT, Call, Value, may_end
+from conversation.models.tokenizer import common_prefix_length
 
 Scores = NDArray[np.float32]
 
@@ -28,7 +29,7 @@ DISTINCT = (Value.FRAGMENT, Value.FOLLOW_UP, Value.TARGET)
 """The values of which an answer contains no two equal ones."""
 PLAUSIBLE = 0.1
 """Contrast chooses among tokens of at least this share of the likeliest one's probability: the contrast of two tiny
-probabilities says nothing (Li et al. 2023, "Contrastive decoding")."""
+probabilities says nothing (the plausibility constraint of Li et al. 2023, "Contrastive decoding")."""
 MAX_REFUSALS = 50
 CANDIDATES = 64
 LAST_RESORT = 1e4
@@ -103,7 +104,7 @@ class Writer:
 
     `strength` is the a of contrast: in fragments and follow-ups a token is scored by
     (1 + a) log p(token | question) - a log p(token | neutral question), where the reader's second context is the
-    neutral question. With 0 there need be none.
+    neutral question (`decoding.Decoding` names the source). With 0 there need be none.
     """
 
     def __init__(self, reader: Reader, tokens: AllowedTokens, strength: float = 0.0):
@@ -133,7 +134,7 @@ class Writer:
         if not 1 <= len(self._said[Value.FRAGMENT]) < MAX_FRAGMENTS:
             return not self._said[Value.FRAGMENT]
         text, choice = self._text[0], self._choice[0]
-        same = common_length(text, choice)
+        same = common_prefix_length(text, choice)
         scores = self._reader.logits(ids + text[:same])[0][[text[same], choice[same]]]
         return bool((self._draw.perturb(scores) if self._draw else scores).argmax() == 0)
 
@@ -204,8 +205,3 @@ class Writer:
             contrasted = (1 + self._strength) * scores - self._strength * logits[1, tokens]
             scores = np.where(plausible, contrasted, scores - LAST_RESORT)
         return tokens, self._draw.perturb(scores) if self._draw else scores
-
-
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -39,8 +39,11 @@ NEUTRAL_PROMPT = Prompt(NEUTRAL_QUESTION)
 class Decoding:
     """How an answer is chosen. Raises ValueError for an option that cannot be right.
 
-    `temperature`, `top_p` and `seed` count where tokens are drawn (sampled, drawn, best_of_n); `strength` is the a of
-    (1 + a) log p(token | question) - a log p(token | neutral question); `n` the number of answers to choose from.
+    `temperature`, `top_p` and `seed` count where tokens are drawn (sampled, drawn, best_of_n); `n` is the number of
+    answers to choose from. `strength` is the a of contrast: (1 + a) log p(token | question) - a log p(token | neutral
+    question). That is context-aware decoding of strength a (Shi et al. 2023, "Trusting your evidence"), and
+    classifier-free guidance of scale 1 + a (Sanchez et al. 2023, "Stay on topic"), with a neutral question in the place
+    of none. Contrastive decoding (Li et al. 2023) compares two models; only `constrained.PLAUSIBLE` is from there.
     """
 
     method: Method
@@ -91,9 +94,6 @@ class Decoding:
 GREEDY = Decoding("greedy")
 SAMPLED = Decoding("sampled")
 CONSTRAINED = Decoding("constrained")
-DRAWN = Decoding("drawn")
-CONTRAST = Decoding("contrast")
-BEST_OF_N = Decoding("best_of_n")
 
 
 def generate_answer(
@@ -111,11 +111,11 @@ def generate_answers(
 ) -> list[list[int]]:
     """An answer to each prompt as token ids, up to and including `<end_of_turn>`.
 
-    Greedy and sampled answers are made for at most 50 prompts at a time, and are cut after MAX_NEW_TOKENS tokens. What
-    is sampled depends on the seed and on the prompt, not on what else is asked; a prompt that is asked twice gets two
-    answers. (A base that the shared-prefix step does not know is asked by transformers, and its draws depend on all
-    prompts.) The other methods ask one by one; their answers are valid, with fragments, follow-ups and targets that are
-    all distinct.
+    Greedy and sampled answers are made for at most 50 prompts at a time, and are cut after MAX_NEW_TOKENS tokens. The
+    other methods ask one by one; their answers are valid, with fragments, follow-ups and targets that are all distinct.
+    What is drawn depends on the seed and the prompt, not on what else is asked; a prompt that is asked twice gets two
+    answers. (A base that the shared-prefix step does not know is asked by transformers, and what it samples depends on
+    all prompts.)
     """
     return generate_with_each(model, tokenizer, prompts, [decoding])[decoding]
 
@@ -129,8 +129,21 @@ def generate_with_each(
     answers = _free(model, tokenizer, encoded, free) if free else {}
     for decoding in decodings:
         if decoding not in answers:
-            answers[decoding] = [_within_the_grammar(model, tokenizer, prompt, decoding) for prompt in prompts]
+            answers[decoding] = [
+                _within_the_grammar(model, tokenizer, prompt, decoding, decoding.draw(before, *ids))
+                for prompt, ids, before in zip(prompts, encoded, _asked_before(encoded), strict=True)
+            ]
     return answers
+
+
+def _asked_before(encoded: Sequence[tuple[int, ...]]) -> list[int]:
+    """How often each of some prompts was asked before, among them."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for ids in encoded:
+        found.append(seen[ids])
+        seen[ids] += 1
+    return found
 
 
 def _free(
@@ -146,12 +159,12 @@ def _free(
         read_prefix_trees(model)
     except ValueError:  # a base whose prompts cannot be read as a tree
         return {decoding: _by_transformers(model, tokenizer, encoded, decoding) for decoding in decodings}
-    asked = []
-    for decoding in decodings:
-        before: Counter[tuple[int, ...]] = Counter()
-        for ids in encoded:
-            asked.append(Asked(ids, decoding.draw(before[ids], *ids)))
-            before[ids] += 1
+    times = _asked_before(encoded)
+    asked = [
+        Asked(ids, decoding.draw(before, *ids))
+        for decoding in decodings
+        for ids, before in zip(encoded, times, strict=True)
+    ]
     end_of_turn = id_of(tokenizer, END_OF_TURN)
     found = iter(generate_batch(model, asked, end_of_turn, MAX_NEW_TOKENS, PROMPTS_AT_A_TIME))
     return {decoding: [next(found) for _ in encoded] for decoding in decodings}
@@ -191,7 +204,7 @@ def _by_transformers(
 
 
 def _within_the_grammar(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, decoding: Decoding
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, decoding: Decoding, draw: Draw | None
 ) -> list[int]:
     from conversation.answering import scoring
     from conversation.answering.allowed_tokens import allowed_tokens
@@ -202,8 +215,7 @@ def _within_the_grammar(
     reader = BatchReader(model, contexts, tokenizer.pad_token_id or 0)
     writer = Writer(reader, allowed_tokens(tokenizer), decoding.contrast)
     if decoding.method != "best_of_n":
-        return writer.write(decoding.draw())
-    draw = decoding.draw()
+        return writer.write(draw)
     answers = [writer.write(), *(writer.write(draw) for _ in range(decoding.n - 1))]
     found = scoring.scores(model, tokenizer, [(prompt, answer) for answer in answers])
     return answers[found.index(max(found))]

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Protocol
 
 from conversation.answering.allowed_tokens import AllowedTokens
-from conversation.answering.constrained import Writer, common_length
+from conversation.answering.asking import check_room
+from conversation.answering.constrained import Writer, Written
 from conversation.answering.decoding import CONSTRAINED, Decoding
 from conversation.answering.prefix_cache import Memory, PrefixCache, Stopped
 from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocabulary, Vocabulary, fingerprint
 from conversation.errors import UserError
-from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
+from conversation.format.calls import Prompt, Utterance
 from conversation.format.control_tokens import END_OF_TURN, Control
+from conversation.models.tokenizer import common_prefix_length
 from conversation.runs.export_record import read_export
 from conversation.runs.files import find_damage, shown
 from conversation.runs.folder import RunFolder
@@ -31,8 +33,6 @@ CONTEXT = 2048
 """Tokens of prompt and answer together, at most: the longest that the training takes, unless it is told otherwise."""
 CELLS = 2 * CONTEXT
 """Tokens that llama.cpp keeps, of all prompts together; with Gemma 3 270M and FP16, 18 kB each."""
-PREFERRED = ("q8_0", "q5_1", "f16", "f32", "q4_k_m")
-"""Q8_0 first: hardly anything of the training is lost in it, and a token takes a third of the time of FP32."""
 WITHIN_THE_GRAMMAR = ("constrained", "drawn", "contrast")
 
 
@@ -43,10 +43,13 @@ def never() -> bool:
 class Engine(Protocol):
     """A model that answers. One caller at a time.
 
-    `name`: what is shown. `device`: where it computes, and why. `context`: the longest prompt and answer, in tokens.
+    `name`: what is shown. `program`: what it runs in, for people. `device`: where it computes, and why. `context`: in
+    tokens, the longest prompt with MAX_NEW_TOKENS for its answer. The grammar bounds an answer in characters: one that
+    is written letter by letter takes more tokens, and is written to its end.
     """
 
     name: str
+    program: str
     device: str
     context: int
 
@@ -54,56 +57,42 @@ class Engine(Protocol):
 
     def stream(
         self, prompt: Prompt, stopped: Callable[[], bool] = never, decoding: Decoding = CONSTRAINED
-    ) -> Iterator[str | FollowUp]:
-        """Yields the answer's fragments, then its three follow-ups, each as soon as it is whole.
+    ) -> Iterator[Written]:
+        """Yields the calls of the answer's fragments, then of its three follow-ups, each as soon as it is whole.
 
-        Between two tokens it asks `stopped`, and ends early, without an error, when that is true. Raises UserError for
-        a prompt that leaves no room for an answer, ValueError for a decoding outside the grammar.
+        Between two tokens it asks `stopped`, and ends early, without an error, when that is true. Raises TooLong for a
+        prompt that leaves no room for an answer, ValueError for a decoding outside the grammar.
         """
+
+    def warm_up(self) -> None:
+        """Read what all prompts begin with, so that the first question need not wait for it."""
 
 
 class GrammarEngine:
-    """An engine from a vocabulary and an empty memory of a model. `engine` names the program, for people."""
+    """An engine from a vocabulary and an empty memory of a model."""
 
     def __init__(
-        self, name: str, engine: str, device: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
+        self, name: str, program: str, device: str, context: int, vocabulary: Vocabulary, empty: Callable[[], Memory]
     ) -> None:
-        self.name, self.engine, self.device, self.context = name, engine, device, context
+        self.name, self.program, self.device, self.context = name, program, device, context
         self.vocabulary = vocabulary
         self._tokens = AllowedTokens(vocabulary)
         self._cache = PrefixCache(empty)
-
-    @property
-    def reused_tokens(self) -> int:
-        """How many tokens of the newest prompt did not have to be read again."""
-        return self._cache.reused
 
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self.vocabulary.encode_prompt(prompt))
 
     def stream(
         self, prompt: Prompt, stopped: Callable[[], bool] = never, decoding: Decoding = CONSTRAINED
-    ) -> Iterator[str | FollowUp]:
+    ) -> Iterator[Written]:
         if decoding.method not in WITHIN_THE_GRAMMAR:
             raise ValueError(f"an engine answers {' or '.join(WITHIN_THE_GRAMMAR)}, not {decoding.method}")
         contexts = [self._encoded(each) for each in decoding.prompts(prompt)]
         try:
             with self._cache.reader(contexts, stopped) as reader:
-                for written in Writer(reader, self._tokens, decoding.contrast).calls(decoding.draw()):
-                    yield written.content
+                yield from Writer(reader, self._tokens, decoding.contrast).calls(decoding.draw(0, *contexts[0]))
         except Stopped:
             return
-
-    def answer(self, prompt: Prompt, decoding: Decoding = CONSTRAINED) -> Answer:
-        """A whole answer."""
-        parts = list(self.stream(prompt, decoding=decoding))
-        fragments = tuple(part for part in parts if isinstance(part, str))
-        return Answer(fragments, tuple(part for part in parts if isinstance(part, FollowUp)))
-
-    def constrained(self, prompt: Prompt) -> list[int]:
-        """The ids of the greedy answer within the grammar, up to and including `<end_of_turn>`."""
-        with self._cache.reader([self._encoded(prompt)], never) as reader:
-            return Writer(reader, self._tokens).write()
 
     def greedy(self, prompt: Prompt) -> list[int]:
         """The ids of the likeliest answer, free to leave the format, as `decoding.GREEDY`: up to and including
@@ -117,31 +106,25 @@ class GrammarEngine:
         return answer
 
     def warm_up(self) -> None:
-        """Read what all prompts begin with, so that the first question need not wait for it."""
         root, child = Prompt("x"), Prompt("x", (Utterance("User", "x"),))
         start = self.vocabulary.encode_prompt(root)
-        start = start[: common_length(start, self.vocabulary.encode_prompt(child))]
+        start = start[: common_prefix_length(start, self.vocabulary.encode_prompt(child))]
         with self._cache.reader([start], never) as reader:
             reader.read_contexts()
 
     def _encoded(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt. Raises UserError when no answer fits behind it."""
+        """Ids of a prompt. Raises TooLong when no answer fits behind it."""
         ids = self.vocabulary.encode_prompt(prompt)
-        if len(ids) + MAX_NEW_TOKENS > self.context:
-            raise UserError(
-                f"the conversation is too long for the model: {len(ids)} tokens and an answer of up to "
-                f"{MAX_NEW_TOKENS}, of {self.context} at most",
-                "begin a new conversation, or go on from an earlier question",
-            )
+        check_room(len(ids), self.context)
         return ids
 
 
 def open_engine(source: Path, device: str | None = None) -> GrammarEngine:
     """The engine for a .gguf file, a merged folder or a run folder. `device`: --device; a .gguf file needs the CPU.
 
-    Of a run folder, an exported file is taken if there is one of this model and llama.cpp is installed: in the order of
-    PREFERRED. Raises UserError when there is no model, when it is broken, when it is another one, and when it cannot
-    compute on that device.
+    Of a run folder, an exported file is taken if there is one of this model and llama.cpp is installed: the best
+    (`Export.best_first`). Raises UserError when there is no model, when it is broken, when it is another one, and when
+    it cannot compute on that device.
     """
     if not source.exists():
         raise UserError(f"there is no model at {shown(source)}", "name a run folder, a merged folder or a .gguf file")
@@ -164,12 +147,11 @@ def _exported(run: RunFolder, merged: dict[str, str]) -> Path | None:
     export = read_export(run.export_json)
     if export is None or export.model_files != merged or find_spec("xllamacpp") is None:
         return None
-    by_type = {each.type: each for each in export.files if not each.forced}
-    for each in (by_type[kind] for kind in PREFERRED if kind in by_type):
-        if damage := find_damage(run.exported, {each.file: each.sha256}):
-            raise UserError(f"the exported model is broken: {damage}", "export it again: export_conversation_model.py")
-        return run.exported / each.file
-    return None
+    if not (best := export.best_first()):
+        return None
+    if damage := find_damage(run.exported, {best[0].file: best[0].sha256}):
+        raise UserError(f"the exported model is broken: {damage}", "export it again: export_conversation_model.py")
+    return run.exported / best[0].file
 
 
 def _transformers(folder: Path, name: str, fingerprint: str | None, device: str | None) -> GrammarEngine:

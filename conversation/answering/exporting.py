@@ -16,7 +16,7 @@ from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.format.calls import Example, Prompt
 from conversation.models.gguf import ExportType, MergedWeights, write_gguf
 from conversation.models.gguf_check import TensorCheck, check_tensors
-from conversation.models.tokenizer import PROBES, encode_example, encode_prompt
+from conversation.models.tokenizer import PROBES, common_prefix_length, encode_example, encode_prompt
 from conversation.runs.export_record import ExportedFile
 from conversation.runs.files import cannot_write, sha256_file
 from conversation.runs.record import AnswersReport, now
@@ -59,7 +59,6 @@ class Exporter:
             try:
                 write_gguf(self.weights, export, part, metadata)
             except OSError as error:
-                part.unlink(missing_ok=True)
                 raise cannot_write(path, error, self.weights.file_bytes(export)) from None
             tensors = check_tensors(part, self.weights, self._adapters)
             print(f"{export.name}: {tensors.tensors} tensors are the merged model's, as near as the type allows.")
@@ -129,7 +128,7 @@ class Exporter:
         for expected, prompt, pieces in pairs:
             found = [*engine.vocabulary.encode_prompt(prompt), *engine.vocabulary.encode(pieces)]
             if found != expected:
-                at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), -1)
+                at = common_prefix_length(found, expected)
                 raise UserError(
                     f"llama.cpp encodes {prompt.question!r} otherwise than the training, from token {at} on: "
                     f"{found[at : at + 4]}, expected {expected[at : at + 4]}",

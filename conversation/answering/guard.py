@@ -18,12 +18,11 @@ import re
 import socket
 from dataclasses import dataclass
 from html import escape
-from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from conversation.answering.http_requests import read_body
@@ -37,6 +36,7 @@ COOKIE = "conversation_key"
 LOOPBACK_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 MIN_KEY = 16
 WRONG_KEY_SECONDS = 0.5
+DEFAULT_PORTS = {"http": 80, "https": 443}
 OPEN_PATHS = ("/health", "/login")
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?", re.ASCII)
 HEADERS = {
@@ -52,8 +52,8 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use a server that listens at `host`, an address. Raises UserError for a key that is easy to guess, and
-    when others than this machine could use it without one."""
+    """Who may use a server that listens at `host`, an address. Raises UserError for a key that is easy to guess, when
+    others than this machine could use it without one, and for an allowed host or origin that no browser sends."""
 
     host: str = "127.0.0.1"
     key: str = ""
@@ -68,14 +68,12 @@ class Access:
             raise UserError(
                 f"the API key must have at least {MIN_KEY} printable ASCII characters, without spaces", hint
             )
+        for host in self.allowed_hosts:
+            if _name_in(host) is None:
+                raise UserError(f"{host!r} is no name of a host", "a name is written like chat.example.org")
         for origin in self.allowed_origins:
-            parts = urlsplit(origin)
-            if (
-                parts.scheme not in ("http", "https")
-                or origin != f"{parts.scheme}://{parts.netloc}"
-                or not parts.netloc
-            ):
-                raise UserError(f"{origin!r} is no origin", "an origin is written like https://chat.example.org")
+            if origin != (written := _origin_of(origin)):
+                raise UserError(f"{origin!r} is no origin", f"write {written or 'it like https://chat.example.org'}")
 
     @property
     def is_loopback(self) -> bool:
@@ -83,7 +81,7 @@ class Access:
 
     def knows_host(self, name: str) -> bool:
         """Whether a host name, lower case, without its port, is one of this server's."""
-        if name in LOOPBACK_NAMES or name == self.host or name in map(str.lower, self.allowed_hosts):
+        if name in LOOPBACK_NAMES or name == self.host or name in map(_name_in, self.allowed_hosts):
             return True
         if self.is_loopback:
             return False
@@ -96,12 +94,9 @@ class Access:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return hmac.compare_digest(token.strip().encode(), self.key.encode())
-        cookies: SimpleCookie = SimpleCookie()
-        try:
-            cookies.load(headers.get("cookie", ""))
-        except CookieError:
-            return False
-        return COOKIE in cookies and hmac.compare_digest(cookies[COOKIE].value.encode(), self.cookie.encode())
+        # The standard library's parser finds no cookie at all beside one that it dislikes, as of JSON.
+        cookies = cookie_parser("; ".join(headers.getlist("cookie")))
+        return hmac.compare_digest(cookies.get(COOKIE, "").encode(), self.cookie.encode())
 
     @property
     def cookie(self) -> str:
@@ -128,6 +123,7 @@ class Guard:
                 added.update(HEADERS)
                 if allowed_origin:
                     added["access-control-allow-origin"] = allowed_origin
+                    added["access-control-expose-headers"] = "retry-after"
                     added["cross-origin-resource-policy"] = "cross-origin"
                     added.add_vary_header("Origin")
             await send(message)
@@ -137,7 +133,7 @@ class Guard:
             self._check_origin(scope, headers)
             response: Response | None = None
             if allowed_origin and scope["method"] == "OPTIONS":
-                response = _preflight()
+                response = _preflight(headers)
             elif path == "/login" and self._access.key:
                 response = await self._login(Request(scope, receive))
             elif path not in OPEN_PATHS and not self._access.accepts(headers):
@@ -147,9 +143,8 @@ class Guard:
         await (response or self._app)(scope, receive, send_guarded)
 
     def _check_host(self, headers: Headers) -> None:
-        found = _HOST.fullmatch(headers.get("host", ""))
-        name = found[1].strip("[]").lower() if found else ""
-        if not found or not self._access.knows_host(name):
+        name = _name_in(headers.get("host", ""))
+        if name is None or not self._access.knows_host(name):
             message = f"this server is not known as {headers.get('host', '')[:100]!r}"
             raise Refused(421, message, "allow that name: --allowed_host NAME", code="unknown_host")
 
@@ -201,10 +196,11 @@ def _opens_the_page(scope: Scope, headers: Headers) -> bool:
     return navigates and scope["method"] == "GET" and scope["path"] in ("/", "/login")
 
 
-def _preflight() -> Response:
+def _preflight(asked: Headers) -> Response:
+    """Allows what headers a page of an allowed origin asks for: OpenAI's client sends half a dozen of its own."""
     headers = {
         "access-control-allow-methods": "GET, POST, PUT, DELETE",
-        "access-control-allow-headers": "authorization, content-type",
+        "access-control-allow-headers": asked.get("access-control-request-headers", "authorization, content-type"),
         "access-control-max-age": "600",
     }
     return Response(status_code=204, headers=headers)
@@ -221,6 +217,26 @@ def _login_page(status: int, sentence: str = "") -> Response:
         status,
         {"cache-control": "no-store"},
     )
+
+
+def _name_in(host: str) -> str | None:
+    """The name in a Host header, lower case, without port and brackets; None where there is none."""
+    found = _HOST.fullmatch(host)
+    return found[1].strip("[]").lower() if found else None
+
+
+def _origin_of(url: str) -> str:
+    """The origin of an address as a browser sends it: lower case, without the default port. Empty where it has none."""
+    try:
+        parts = urlsplit(url)
+        port = "" if parts.port in (None, DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"
+    except ValueError:
+        return ""
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    if parts.scheme not in DEFAULT_PORTS or not _HOST.fullmatch(f"{host}{port}"):
+        return ""
+    return f"{parts.scheme}://{host}{port}"
 
 
 def _without_default_port(host: str) -> str:

@@ -67,7 +67,7 @@ async def read_object(request: Request, most: int = MAX_BODY, may_be_empty: bool
 
 
 def _parse(body: bytes) -> Any:
-    return strict_json.loads(strict_json.decode_utf8(body))
+    return strict_json.loads(strict_json.decode_utf8(body, is_file=False))
 
 
 def event(name: str, data: dict[str, Any]) -> bytes:

@@ -33,6 +33,7 @@ MAX_CONNECTIONS = 500
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens at an address, at the next free port when this one is in use; 0 takes any.
 
+    A name may have several addresses, such as ::1 and 127.0.0.1: it is the first one that this machine can listen at.
     Raises UserError when there is no such address, and when no port is free or permitted.
     """
     try:
@@ -40,20 +41,34 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"there is no address {host!r} here: {reason}", "127.0.0.1 is this machine alone") from None
-    family, kind, protocol, _, address = found[0]
-    for tried in range(port, min(port + TRIED_PORTS, 2**16) if port else 1):
-        listener = socket.socket(family, kind, protocol)
+    ports = range(port, min(port + TRIED_PORTS, 2**16)) if port else range(1)
+    which = f"the ports {port} to {ports[-1]} are all" if len(ports) > 1 else f"the port {port} is"
+    problem = in_use = UserError(f"{which} in use", "name another with --port")
+    for family, kind, protocol, _, address in found:
+        for tried in ports:
+            try:
+                return _listener(family, kind, protocol, (address[0], tried, *address[2:]))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    hint = "name another with --port" if error.errno == errno.EACCES else "name another with --host"
+                    problem = UserError(f"cannot listen at {host} port {tried}: {error.strerror or error}", hint)
+                    break
+        else:  # it is an address of this machine, where a browser would look first: do not take the next one
+            problem = in_use
+            break
+    raise problem
+
+
+def _listener(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
+    listener = socket.socket(family, kind, protocol)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((address[0], tried, *address[2:]))
-            listener.listen(128)
-            return listener
-        except OSError as error:
-            listener.close()
-            if error.errno != errno.EADDRINUSE:
-                hint = "name another with --port" if error.errno == errno.EACCES else "name another with --host"
-                raise UserError(f"cannot listen at {host} port {tried}: {error.strerror}", hint) from None
-    raise UserError(f"the ports {port} to {port + TRIED_PORTS - 1} are all in use", "name another with --port")
+        listener.bind(address)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def url_of(listener: socket.socket) -> str:

@@ -2,16 +2,17 @@
 
 With the tools add_text and add_choice an answer is tool calls, as it was trained; without them it is text, one fragment
 a line, with the follow-ups beside it in a field of its own, `follow_ups`. A call is whole or absent: `stop` and
-`max_tokens` end an answer before the call that they would cut.
+`max_tokens` end an answer before the call that they would cut; `stop` can cut a text. Tokens are those of the calls as
+the model wrote them, their syntax included. Follow-ups that `max_tokens` has no room for are left out of a text answer,
+whose text is whole: it ends with "stop".
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from conversation.answering.answer_queue import AnswerQueue
-from conversation.answering.asking import Sampling, check_length
+from conversation.answering.asking import check_length
 from conversation.answering.http_requests import JobResponse, read_object, results_or_pings, unless_gone
 from conversation.answering.openai_requests import ChatRequest, parse_request
 from conversation.answering.refusals import Refused, refusal_of
-from conversation.format.calls import FollowUp, Prompt, call_pieces
-from conversation.format.control_tokens import Control
+from conversation.format.calls import FollowUp
 from conversation.format.grammar import ADD_CHOICE, ADD_TEXT
 
 if TYPE_CHECKING:
+    from conversation.answering.constrained import Written
     from conversation.answering.engines import Engine
 
 Json = dict[str, Any]
@@ -43,19 +44,19 @@ class _PromptRead:
 
 @dataclass(frozen=True)
 class _Part:
-    """A fragment or follow-up of answer number `index`, and its length in tokens."""
+    """A piece of answer number `index`: a fragment or follow-up whose call is wanted, or some more of its text."""
 
     index: int
     content: str | FollowUp
-    tokens: int
 
 
 @dataclass(frozen=True)
 class _Finished:
-    """Answer number `index` is at its end, for this reason in OpenAI's words."""
+    """Answer number `index` is at its end, for this reason in OpenAI's words, after so many tokens."""
 
     index: int
     reason: str
+    tokens: int
 
 
 @dataclass
@@ -68,8 +69,8 @@ class _Usage:
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
 
 
-def openai_routes(queue: AnswerQueue, name: Callable[[], str]) -> list[Route]:
-    """The routes of a server whose model has this name."""
+def openai_routes(queue: AnswerQueue, name: str) -> list[Route]:
+    """The routes of a server whose model has this id."""
     api = OpenAiApi(queue, name)
     return [
         Route("/v1/models", api.models),
@@ -79,7 +80,7 @@ def openai_routes(queue: AnswerQueue, name: Callable[[], str]) -> list[Route]:
 
 
 class OpenAiApi:
-    def __init__(self, queue: AnswerQueue, name: Callable[[], str]):
+    def __init__(self, queue: AnswerQueue, name: str):
         self._queue, self._name = queue, name
         self._created = int(time.time())
 
@@ -95,7 +96,7 @@ class OpenAiApi:
         self._check_model(asked.model)
         client = request.client.host if request.client else ""
         job = self._queue.submit(work_for(asked), client)
-        completion = _Completion(asked, self._name())
+        completion = _Completion(asked, self._name)
         if not asked.stream:
 
             async def whole() -> Response:
@@ -128,11 +129,11 @@ class OpenAiApi:
         return await unless_gone(request, job, prompt_read)
 
     def _card(self) -> Json:
-        return {"id": self._name(), "object": "model", "created": self._created, "owned_by": "conversation"}
+        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "conversation"}
 
     def _check_model(self, name: str) -> None:
-        if name != self._name():
-            problem = f"the model {name[:100]!r} is not served here, {self._name()!r} is"
+        if name != self._name:
+            problem = f"the model {name[:100]!r} is not served here, {self._name!r} is"
             raise Refused(404, problem, parameter="model", code="model_not_found")
 
 
@@ -144,63 +145,77 @@ def work_for(asked: ChatRequest) -> Callable[[Engine, Callable[[], bool]], Gener
 
     def work(engine: Engine, stopped: Callable[[], bool]) -> Generator[Any, None, None]:
         yield _PromptRead(check_length(engine, asked.prompt))
-        for index, sampling in enumerate(asked.samplings):
-            yield from _answer(engine, asked, index, sampling, stopped)
+        for index, decoding in enumerate(asked.decodings):
+            calls = _wanted(engine.stream(asked.prompt, stopped, decoding), asked.functions)
+            tokens, reason = yield from _answer(calls, index, asked)
+            if not stopped():
+                yield _Finished(index, reason, tokens)
 
     return work
 
 
-def _answer(
-    engine: Engine, asked: ChatRequest, index: int, sampling: Sampling, stopped: Callable[[], bool]
-) -> Generator[Any, None, None]:
-    left = asked.max_tokens
-    written = ""
-    for part in sampling.stream(engine, asked.prompt, stopped):
-        function, text = (ADD_TEXT, part) if isinstance(part, str) else (ADD_CHOICE, part.text)
-        if asked.functions and function.function not in asked.functions:
-            if function is ADD_CHOICE:
-                break  # only texts are wanted, and there are no more
-            continue
-        tokens = answer_tokens(engine, part)
-        if left is not None:
-            left -= tokens
-            if left < 0:
-                yield _Finished(index, "length")
-                return
+def _wanted(calls: Iterator[Written], functions: tuple[str, ...]) -> Iterator[Written]:
+    """The calls of some functions; all of them for an answer as text."""
+    for written in calls:
+        if not functions or written.call.function in functions:
+            yield written
+        elif written.call is ADD_CHOICE:
+            return  # only texts are wanted, and there are no more
+
+
+def _answer(calls: Iterator[Written], index: int, asked: ChatRequest) -> Generator[_Part, None, tuple[int, str]]:
+    """Yields the parts of an answer; returns its tokens and why it ended."""
+    tokens, text = 0, _Text(asked.stops)
+    for written in calls:
+        is_choice = written.call is ADD_CHOICE
+        if asked.max_tokens is not None and tokens + len(written.ids) > asked.max_tokens:
+            if not asked.functions:
+                yield from _parts(index, text.end())
+            return tokens, "stop" if is_choice and not asked.functions else "length"
+        tokens += len(written.ids)
         if asked.functions:
-            cut = None if any(stop in text for stop in asked.stops) else part
-        elif isinstance(part, str):
-            before, written = written, f"{written}\n{text}" if written else text
-            ends = [at for stop in asked.stops if (at := written.find(stop)) >= 0]
-            cut = written[len(before) : min(ends)].removeprefix("\n") if ends else part
+            if any(stop in written.values[0] for stop in asked.stops):
+                return tokens, "stop"
+            yield _Part(index, written.content)
+        elif is_choice:
+            yield from _parts(index, text.end(), written.content)
         else:
-            cut = part
-        if cut is not part:
-            yield from [_Part(index, cut, tokens)] if cut else []
-            yield _Finished(index, "stop")
-            return
-        yield _Part(index, part, tokens)
-    if not stopped():
-        yield _Finished(index, "tool_calls" if asked.functions else "stop")
+            yield from _parts(index, text.add(written.values[0]))
+            if text.is_stopped:
+                return tokens, "stop"
+    if not asked.functions:
+        yield from _parts(index, text.end())
+    return tokens, "tool_calls" if asked.functions else "stop"
 
 
-def answer_tokens(engine: Engine, part: str | FollowUp) -> int:
-    """How many tokens the call of a fragment or a follow-up takes in the model's answer."""
-    if isinstance(part, str):
-        pieces = call_pieces(ADD_TEXT.function, content=part)
-    else:
-        values = {"text": part.text, "confidence": part.confidence, "target": part.target}
-        pieces = call_pieces(ADD_CHOICE.function, **values)
-    runs = itertools.groupby(pieces, lambda piece: isinstance(piece, Control))
-    return sum(len(list(run)) if control else _text_tokens(engine, "".join(run)) for control, run in runs)
+def _parts(index: int, *contents: str | FollowUp) -> Iterator[_Part]:
+    return (_Part(index, content) for content in contents if content)
 
 
-def _text_tokens(engine: Engine, text: str) -> int:
-    """The tokens of a text, as what a question grows by when it is put between two marks that no token contains."""
-    return engine.count_tokens(Prompt(f"{_MARK}{text}{_MARK}")) - engine.count_tokens(Prompt(f"{_MARK}{_MARK}"))
+class _Text:
+    """A text that grows by lines and ends before the first of some stop texts. What may be the beginning of one is held
+    back until it is known."""
 
+    def __init__(self, stops: tuple[str, ...]):
+        self._stops, self._held, self._is_empty = stops, "", True
+        self.is_stopped = False
 
-_MARK = "☃"
+    def add(self, line: str) -> str:
+        """What can be sent, now that there is another line."""
+        text = self._held + ("" if self._is_empty else "\n") + line
+        self._is_empty = False
+        if found := [at for stop in self._stops if (at := text.find(stop)) >= 0]:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)]
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        sent = len(text) - max(begun, default=0)
+        self._held = text[sent:]
+        return text[:sent]
+
+    def end(self) -> str:
+        """What was held back, when no more lines come."""
+        held, self._held = self._held, ""
+        return held
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------
@@ -230,17 +245,16 @@ class _Completion:
             chunks.append(self.chunk(first, result.index))
         if isinstance(result, _Finished):
             self.reasons[result.index] = result.reason
+            self.usage.completion += result.tokens
             extra = {} if self.asked.functions else {"follow_ups": _follow_ups(parts)}
             return [*chunks, self.chunk(extra, result.index, result.reason)]
         parts.append(result.content)
-        self.usage.completion += result.tokens
         if self.asked.functions:
             number = len(parts) - 1
             call = {"index": number, **_tool_call(self.id, result.index, number, result.content)}
             return [*chunks, self.chunk({"tool_calls": [call]}, result.index)]
         if isinstance(result.content, str):
-            text = result.content if len(parts) == 1 else f"\n{result.content}"
-            chunks.append(self.chunk({"content": text}, result.index))
+            chunks.append(self.chunk({"content": result.content}, result.index))
         return chunks
 
     def chunk(self, delta: Json, index: int = 0, reason: str | None = None) -> Json:
@@ -262,7 +276,7 @@ class _Completion:
                 calls = [_tool_call(self.id, index, number, part) for number, part in enumerate(parts)]
                 message |= {"tool_calls": calls} if calls else {"content": ""}
             else:
-                message["content"] = "\n".join(part for part in parts if isinstance(part, str))
+                message["content"] = "".join(part for part in parts if isinstance(part, str))
                 message["follow_ups"] = _follow_ups(parts)
             choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": reason})
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage.as_json()}

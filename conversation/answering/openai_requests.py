@@ -11,7 +11,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from conversation.answering.asking import TEMPERATURE, Sampling, make_prompt, one_line
+from conversation.answering.asking import TEMPERATURE, decoding_of, make_prompt, one_line
+from conversation.answering.decoding import Decoding
 from conversation.answering.refusals import Refused
 from conversation.format import strict_json
 from conversation.format.calls import Prompt, Utterance
@@ -20,17 +21,17 @@ from conversation.format.grammar import ADD_CHOICE, ADD_TEXT
 FUNCTIONS = (ADD_TEXT.function, ADD_CHOICE.function)
 MAX_ANSWERS = 8
 MAX_STOPS = 4
-MAX_TOOLS = 100
+MAX_TOKENS = 10**9  # that a client may name
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """`functions`: those whose calls are wanted; none for an answer as text. `samplings`: one for each answer."""
+    """`functions`: those whose calls are wanted; none for an answer as text. `decodings`: one for each answer."""
 
     model: str
     prompt: Prompt
     functions: tuple[str, ...]
-    samplings: tuple[Sampling, ...]
+    decodings: tuple[Decoding, ...]
     stops: tuple[str, ...]
     max_tokens: int | None
     stream: bool
@@ -40,14 +41,14 @@ class ChatRequest:
 def parse_request(body: dict[str, Any]) -> ChatRequest:
     """Raises Refused with the parameter that cannot be."""
     _refuse_unknown_powers(body)
-    limits = [_whole(body, name, 1, 10**9) for name in ("max_completion_tokens", "max_tokens")]
+    limits = [_whole(body, name, 1, MAX_TOKENS) for name in ("max_completion_tokens", "max_tokens")]
     options = _typed(body, "stream_options", dict, "an object") or {}
     stream = bool(_typed(body, "stream", bool, "true or false"))
     return ChatRequest(
         _model(body),
         _prompt(body),
         _functions(body),
-        _samplings(body),
+        _decodings(body),
         _stops(body),
         min((limit for limit in limits if limit is not None), default=None),
         stream,
@@ -153,7 +154,7 @@ def _functions(body: dict[str, Any]) -> tuple[str, ...]:
     """The functions whose calls are wanted, by tools and tool_choice."""
     tools = _typed(body, "tools", list, "a list") or []
     names = []
-    for number, tool in enumerate(tools[:MAX_TOOLS]):
+    for number, tool in enumerate(tools):
         at = f"tools[{number}]"
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
@@ -175,7 +176,7 @@ def _functions(body: dict[str, Any]) -> tuple[str, ...]:
     return (str(wanted),)
 
 
-def _samplings(body: dict[str, Any]) -> tuple[Sampling, ...]:
+def _decodings(body: dict[str, Any]) -> tuple[Decoding, ...]:
     """One for each answer. Without a temperature the first answer is the likeliest, and the others are drawn."""
     temperature, top_p = _number(body, "temperature", 0, 2), _number(body, "top_p", 0, 1)
     given = _whole(body, "seed", -(2**63), 2**63 - 1)
@@ -183,7 +184,7 @@ def _samplings(body: dict[str, Any]) -> tuple[Sampling, ...]:
     answers = []
     for number in range(_whole(body, "n", 1, MAX_ANSWERS) or 1):
         drawn = temperature if temperature is not None else TEMPERATURE if number else 0.0
-        answers.append(Sampling(drawn, 1.0 if top_p is None else top_p, seed + number))
+        answers.append(decoding_of(drawn, 1.0 if top_p is None else top_p, seed + number))
     return tuple(answers)
 
 

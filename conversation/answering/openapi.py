@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conversation.answering.openai_requests import MAX_ANSWERS, MAX_STOPS
+from conversation.answering.openai_requests import MAX_ANSWERS, MAX_STOPS, MAX_TOKENS
 from conversation.data.conversations import MAX_CHARACTERS, MAX_NODES, MAX_TEXTS, VERSION
 from conversation.format.calls import NUM_FOLLOW_UPS
 
@@ -17,7 +17,9 @@ def describe() -> Json:
         "openapi": "3.1.0",
         "info": {"title": "Conversation model", "version": "1"},
         "paths": {
-            "/health": {"get": _reads("Whether the model is loaded", _ref("Health"), errors=(503,))},
+            "/health": {
+                "get": {**_reads("Whether the model is loaded", _ref("Health"), errors=(503,)), "security": []}
+            },
             "/api/model": {"get": _reads("The model", _ref("Model"), errors=(503,))},
             "/api/answer": {
                 "post": {
@@ -67,6 +69,7 @@ def describe() -> Json:
             "/v1/chat/completions": {"post": _chat_completions()},
         },
         "components": {"schemas": _schemas(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}, {}],  # a server on this machine alone may have no key
     }
 
 
@@ -199,7 +202,7 @@ def _schemas() -> Json:
         ),
         "Node": node,
         "Kept": _object({"id": _TEXT, "revision": revision, "changed": _TEXT}),
-        "TrainingTree": _object({"path": _TEXT, "warnings": {"type": "array", "items": _TEXT}}),
+        "TrainingTree": _object({"path": _TEXT, "folder": _TEXT, "warnings": {"type": "array", "items": _TEXT}}),
         "OpenAIModel": _object({"id": _TEXT, "object": {"const": "model"}, "created": revision, "owned_by": _TEXT}),
         "ChatRequest": {
             "type": "object",
@@ -209,13 +212,16 @@ def _schemas() -> Json:
                 "model": _TEXT,
                 "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}},
                 "tools": {"type": "array", "items": {"type": "object"}},
+                "tool_choice": {"anyOf": [{"enum": ["auto", "required", "none"]}, {"type": "object"}]},
                 "stream": {"type": "boolean"},
+                "stream_options": _object({"include_usage": {"type": "boolean"}}, optional=("include_usage",)),
                 "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}]},
-                "max_tokens": {"type": "integer", "minimum": 1},
+                "max_tokens": _number("integer", 1, MAX_TOKENS),
+                "max_completion_tokens": _number("integer", 1, MAX_TOKENS),
                 "n": _number("integer", 1, MAX_ANSWERS),
                 "temperature": _number("number", 0, 2),
                 "top_p": _number("number", 0, 1),
-                "seed": {"type": "integer"},
+                "seed": _number("integer", -(2**63), 2**63 - 1),
             },
         },
         "ChatCompletion": _object(
@@ -226,6 +232,7 @@ def _schemas() -> Json:
                 "model": _TEXT,
                 "choices": {"type": "array", "items": {"type": "object"}},
                 "usage": {"type": "object"},
+                "system_fingerprint": {"type": "null"},
             }
         ),
     }

@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from conversation.answering.constrained import Scores, common_length
+from conversation.answering.constrained import Scores
 from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation.models.tokenizer import common_prefix_length
 
 KEPT = 8
 """Prompts of which keys and values are kept; with Gemma 3 270M in FP32, 37 kB a token."""
@@ -48,18 +49,23 @@ class Full(Exception):
 
 @dataclass
 class _Read:
-    """A sequence that was read. Raises `Stopped` between two chunks when `stopped` says so.
+    """A sequence that was read.
 
-    `drop_one`: makes room for more tokens, and says whether it could.
+    `drop_one`: makes room for more tokens, and says whether it could. `is_broken`: a pass through the model broke off
+    (a GPU without memory), and some layers may know more tokens than others.
     """
 
     memory: Memory
     drop_one: Callable[[], bool]
     ids: list[int] = field(default_factory=list)
+    is_broken: bool = False
 
     def logits(self, ids: list[int], stopped: Callable[[], bool]) -> Scores:
-        """The logits [vocabulary] after a non-empty sequence; what is known of it is not read again."""
-        known = min(common_length(self.ids, ids), len(ids) - 1)
+        """The logits [vocabulary] after a non-empty sequence; what is known of it is not read again.
+
+        Raises `Stopped` between two chunks when `stopped` says so, and UserError when there is no room for it.
+        """
+        known = min(common_prefix_length(self.ids, ids), len(ids) - 1)
         if known < len(self.ids):
             self.memory.cut(known)
             del self.ids[known:]
@@ -73,6 +79,9 @@ class _Read:
                 if self.drop_one():
                     continue
                 raise UserError("there is no memory for a text of this length", "", TRIED_AND_FAILED) from None
+            except BaseException:
+                self.is_broken = True
+                raise
             self.ids += chunk
             if len(self.ids) == len(ids):
                 return logits
@@ -84,8 +93,6 @@ class PrefixCache:
     def __init__(self, empty: Callable[[], Memory]):
         self._empty = empty
         self._kept: list[_Read] = []  # the one used last is the last
-        self.reused = 0
-        """How many tokens of the newest prompt were known."""
 
     @contextlib.contextmanager
     def reader(self, contexts: Sequence[list[int]], stopped: Callable[[], bool]) -> Iterator[CachedReader]:
@@ -94,19 +101,18 @@ class PrefixCache:
         try:
             for context in contexts:
                 reads.append(self._begin(context))
-            self.reused = len(reads[0].ids)
             yield CachedReader(reads, contexts, stopped)
         finally:
             for read, context in zip(reads, contexts, strict=False):
-                if len(read.ids) > len(context):
+                if not read.is_broken and len(read.ids) > len(context):
                     read.memory.cut(len(context))
                     del read.ids[len(context) :]
                 self._keep(read)
 
     def _begin(self, context: list[int]) -> _Read:
         """A sequence that begins with as much of a context as is known."""
-        best = max(self._kept, key=lambda read: common_length(read.ids, context), default=None)
-        known = common_length(best.ids, context) if best else 0
+        best = max(self._kept, key=lambda read: common_prefix_length(read.ids, context), default=None)
+        known = common_prefix_length(best.ids, context) if best else 0
         if best is None or known == 0:
             self._make_room()
             return _Read(self._empty(), self._drop_one)
@@ -129,7 +135,7 @@ class PrefixCache:
         return False
 
     def _keep(self, read: _Read) -> None:
-        if not read.ids:
+        if read.is_broken or not read.ids:
             read.memory.free()
             return
         self._make_room()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from conversation.answering.constrained import Scores, common_length
+from conversation.answering.constrained import Scores
+from conversation.models.tokenizer import common_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ class BatchReader:
 
         Keys and values of what was read before are kept: only what is new is computed.
         """
-        known = min(common_length(self._read, answer), len(answer) - 1)
+        known = min(common_prefix_length(self._read, answer), len(answer) - 1)
         if self._read:
             self._cache.crop(known - len(self._read))
         new = torch.tensor([answer[known:]]).expand(len(self._contexts), -1)
@@ -73,7 +74,7 @@ class TransformersMemory:
         self._cache.crop(length - self._cache.get_seq_length())
 
     def copy(self, length: int) -> TransformersMemory:
-        """Shares what it has in common with this one: reading on makes new tensors, and changes none."""
+        """Copies the keys and values: reading on changes neither memory through the other."""
         cache = DynamicCache()
         layers: list[Any] = self._cache.layers  # each is a DynamicLayer: the cache was made without a config
         for number, layer in enumerate(layers):

@@ -53,6 +53,7 @@ class Refused(Exception):
 def refusal_of(error: BaseException) -> Refused:
     """What to answer when a request ended with this error; a defect of ours is logged with its traceback."""
     from conversation.answering.answer_queue import Changed, Ending, QueueFull
+    from conversation.answering.asking import TooLong
 
     if isinstance(error, Refused):
         return error
@@ -62,6 +63,8 @@ def refusal_of(error: BaseException) -> Refused:
         return Refused(503, str(error), "ask again when it is back", code="server_ending", retry_after=5)
     if isinstance(error, Changed):
         return Refused(503, str(error), "ask again", code="interrupted")
+    if isinstance(error, TooLong):
+        return Refused(400, str(error), error.hint, "messages", "context_length_exceeded")
     if isinstance(error, UserError):
         return Refused(400 if error.exit_status == 2 else 500, str(error), error.hint)
     if isinstance(error, OSError):

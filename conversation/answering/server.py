@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Scope
 
 from conversation.answering.answer_queue import AnswerQueue, Changed, Ending, QueueFull
-from conversation.answering.asking import TEMPERATURE, Sampling, ask, make_prompt, one_line
+from conversation.answering.asking import TEMPERATURE, ask, decoding_of, make_prompt, one_line
 from conversation.answering.guard import Access, Guard
 from conversation.answering.http_requests import MAX_DOCUMENT, JobResponse, event, read_object, results_or_pings
 from conversation.answering.openai_api import openai_routes
@@ -49,16 +49,12 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Service:
-    """What the handlers work with. `name`: of the model, known before it is loaded."""
+    """What the handlers work with. `name`: the model's id in the API, before it is loaded and after."""
 
     queue: AnswerQueue
     files: ConversationFiles
     name: str
     web: Path = WEB
-
-    @property
-    def shown_name(self) -> str:
-        return self.queue.engine.name if self.queue.engine else self.name
 
 
 def make_app(service: Service, access: Access) -> ASGIApp:
@@ -74,7 +70,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
         Route("/api/conversations/{id}", own.conversation, methods=["GET", "PUT", "DELETE"]),
         Route("/api/conversations/{id}/training_tree", own.training_tree, methods=["POST"]),
         Route("/api/conversations/{id}/picked", own.picked, methods=["POST"]),
-        *openai_routes(service.queue, lambda: service.shown_name),
+        *openai_routes(service.queue, service.name),
         Mount("/static", _Static(directory=service.web, check_dir=False)),
     ]
     handlers: dict[Any, Any] = dict.fromkeys(_EXPECTED, _answer_error)
@@ -91,7 +87,7 @@ class OwnApi:
 
     async def health(self, request: Request) -> Response:
         status = "ok" if self._queue.engine else "failed" if self._queue.failure else "loading"
-        return JSONResponse({"status": status, "model": self._service.shown_name}, 503 if status == "failed" else 200)
+        return JSONResponse({"status": status, "model": self._service.name}, 503 if status == "failed" else 200)
 
     async def description(self, request: Request) -> Response:
         return JSONResponse(describe())
@@ -100,10 +96,8 @@ class OwnApi:
         engine = self._queue.engine
         if not engine:
             raise Refused(503, "the model is not loaded yet", "ask again in a moment", code="loading", retry_after=1)
-        program = getattr(engine, "engine", None) or type(engine).__name__
-        return JSONResponse(
-            {"name": engine.name, "engine": program, "context": engine.context, "limits": LIMITS}, headers=_FRESH
-        )
+        about = {"name": engine.name, "engine": engine.program, "context": engine.context, "limits": LIMITS}
+        return JSONResponse(about, headers=_FRESH)
 
     async def answer(self, request: Request) -> Response:
         body = await read_object(request)
@@ -112,9 +106,9 @@ class OwnApi:
         seed = _field(body, "seed", int, None)
         if seed is not None and not 0 <= seed < 2**63:
             raise Refused(400, "seed must be at least 0 and less than 2^63", parameter="seed")
-        sampling = Sampling(TEMPERATURE, seed=seed) if seed is not None else Sampling()
+        decoding = decoding_of(0.0 if seed is None else TEMPERATURE, 1.0, seed or 0)
         started = time.monotonic()
-        job = self._queue.submit(ask(prompt, sampling), client_of(request), prefetch)
+        job = self._queue.submit(ask(prompt, decoding), client_of(request), prefetch)
 
         async def events() -> AsyncIterator[bytes]:
             try:

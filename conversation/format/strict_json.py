@@ -67,7 +67,7 @@ def recognise(data: bytes) -> str | None:
     for start, kind in _FOREIGN.items():
         if data.startswith(start) or data[:9].upper() == start == b"<!DOCTYPE":
             return f"this is {kind}"
-    if data[257:262] == b"ustar":
+    if data[257:263] in (b"ustar\0", b"ustar "):
         return "this is a tar archive: unpack it"
     if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return f"this is {_UTF32}"
@@ -82,9 +82,10 @@ def recognise(data: bytes) -> str | None:
     return None
 
 
-def decode_utf8(data: bytes) -> str:
-    """Decode a file's bytes; a byte order mark at its start is dropped. Raises JsonError with the kind or place."""
-    if foreign := recognise(data):
+def decode_utf8(data: bytes, is_file: bool = True) -> str:
+    """Decode bytes; a byte order mark at their start is dropped. Raises JsonError with the place, or with what kind of
+    file it is."""
+    if is_file and (foreign := recognise(data)):
         raise JsonError(foreign)
     try:
         return data.decode("utf-8-sig")

@@ -212,6 +212,11 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hash_of_ids([[*encode_example(tokenizer, probe).ids] for probe in PROBES])
 
 
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def hash_of_ids(ids: list[list[int]]) -> str:
     """SHA-256 of the ids of some texts."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

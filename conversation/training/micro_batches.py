@@ -13,8 +13,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from conversation.models.tokenizer import common_prefix_length
 from conversation.runs.machine import available_memory_bytes
-from conversation.training.prefix_tree import TokenSequence, build_prefix_tree, common_prefix_length
+from conversation.training.prefix_tree import TokenSequence, build_prefix_tree
 from conversation.training.shared_prefix import find_causal_lm, shared_prefix_loss
 
 # The share of the free memory for tensors saved for the backward pass; the rest is for temporary ones.

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from conversation.models.tokenizer import common_prefix_length
+
 # Queries per attention tile. Small tiles skip more of the masked triangle; large ones use the matrix units better.
 TILE_TOKENS = 256
 
@@ -127,10 +129,6 @@ def build_prefix_tree(sequences: Sequence[TokenSequence]) -> PrefixTree:
         num_sequence_tokens=sum(len(sequence.ids) for sequence in sequences),
         num_labels=labels.total(),
     )
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _runs(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:

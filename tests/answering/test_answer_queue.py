@@ -1,13 +1,16 @@
 """The queue: in turn by client, prefetches last, and an end in order. Without a server."""
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 from served import FakeEngine
 
 from conversation.answering import answer_queue
-from conversation.answering.answer_queue import AnswerQueue, Changed, Ending, QueueFull
+from conversation.answering.answer_queue import AnswerQueue, Changed, Ending, Job, QueueFull
+from conversation.answering.refusals import Refused
 from conversation.errors import UserError
 
 
@@ -77,6 +80,50 @@ def test_one_client_cannot_fill_the_queue_for_another(monkeypatch):
     run(scenario)
 
 
+def test_who_left_takes_neither_the_turn_of_its_client_nor_memory():
+    done, gate = [], threading.Event()
+
+    async def scenario(queue):
+        queue.submit(saying(done, "first", gate), "z")
+        while queue.waiting:
+            await asyncio.sleep(0.01)
+        left = queue.submit(saying(done, "left"), "a")
+        jobs = [queue.submit(saying(done, name), name[0]) for name in ("a1", "b0", "b1")]
+        left.cancel()
+        forgotten = weakref.ref(left)
+        del left
+        for number in range(1000):
+            queue.submit(saying(done, "left"), f"c{number}").cancel()
+        jobs.append(queue.submit(saying(done, "d0"), "d"))
+        assert forgotten() is None
+        assert sum(isinstance(each, Job) for each in gc.get_objects()) < 20
+        gate.set()
+        return [await everything(job) for job in jobs]
+
+    run(scenario)
+    assert done == ["first", "a1", "b0", "d0", "b1"]
+
+
+class Panic(BaseException):
+    """As of a library in Rust: pyo3's PanicException is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [Panic, SystemExit, KeyboardInterrupt, MemoryError])
+def test_whatever_a_request_raises_the_next_one_is_served(kind):
+    def failing(engine, stopped):
+        yield "part"
+        raise kind("x")
+
+    async def scenario(queue):
+        job = queue.submit(failing, "a")
+        assert await job.next() == "part"
+        with pytest.raises(Refused, match="the server made a mistake"):
+            await job.next()
+        assert await everything(queue.submit(saying([], "next"), "a")) == ["next"]
+
+    run(scenario)
+
+
 def test_a_prefetch_that_comes_out_different_after_it_was_put_back_ends_with_an_error():
     started, turns = threading.Event(), []
 
@@ -137,15 +184,22 @@ def test_a_stop_does_not_wait_for_the_answer_at_work():
     assert engine.stopped_after == [0]
 
 
-def test_an_engine_that_cannot_be_opened_fails_all_requests():
+def test_an_engine_that_cannot_be_opened_refuses_who_waits_and_who_comes_later():
+    opening = threading.Event()
+
     def broken():
-        raise UserError("the model is broken")
+        opening.wait(10)
+        raise UserError("the model at /home/x is broken")
 
     async def scenario(queue):
-        while not queue.failure:
-            await asyncio.sleep(0.01)
-        with pytest.raises(Ending):
+        waiting = [queue.submit(saying([], "x"), "a", prefetch) for prefetch in (False, True)]
+        opening.set()
+        for job in waiting:
+            with pytest.raises(Refused, match=r"^the model cannot be loaded$") as caught:
+                await job.next()
+            assert caught.value.status == 503
+        with pytest.raises(Refused, match=r"^the model cannot be loaded$"):
             queue.submit(saying([], "x"), "a")
-        assert isinstance(queue.failure, UserError)
+        assert str(queue.failure) == "the model at /home/x is broken"
 
     run(scenario, open_engine=broken)

@@ -1,5 +1,6 @@
 """Ways to ask a model. Under the grammar its answers are valid and repeat nothing, whatever the model prefers."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,11 +8,9 @@ import pytest
 import torch
 
 from conversation.answering import constrained, decoding, reading, scoring
-from conversation.answering.allowed_tokens import allowed_tokens
+from conversation.answering.allowed_tokens import AllowedTokens, allowed_tokens
 from conversation.answering.decoding import (
-    BEST_OF_N,
     CONSTRAINED,
-    CONTRAST,
     GREEDY,
     Decoding,
     generate_answer,
@@ -27,6 +26,7 @@ from conversation.models.tokenizer import encode, encode_example, encode_prompt,
 from conversation.models.weights import load_model
 
 PROMPT = Prompt("Why?")
+CONTRAST = Decoding("contrast")
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,6 @@ def test_best_of_n_is_the_answer_that_the_question_speaks_for_most(model, tokeni
     assert best == max(seen, key=lambda answer: scores(model, tokenizer, [(PROMPT, answer)])[0])
     for answer in seen:
         verdict_of(tokenizer, answer)
-    assert BEST_OF_N.n > 1
 
 
 def test_a_draw_has_the_probabilities_of_the_softmax_within_top_p():
@@ -290,8 +289,18 @@ def test_a_draw_has_the_probabilities_of_the_softmax_within_top_p():
 
 # --- the masks -------------------------------------------------------------------------------------------------------
 
+SPELLED = (
+    "<",
+    "<<escap",
+    "x<unuse",
+    "<unus",
+    "<start_function_<start_of_tur",
+    "<end_of_tur",
+    "<end_function_cal",
+    "<e<e",
+)
 SO_FAR = {
-    Value.FRAGMENT: ("", "It", "a " * 39, "x" * 80, "a < b", "<escape", "<end_of_turn"),
+    Value.FRAGMENT: ("", "It", "a " * 39, "x" * 80, "a < b", "<escape", "<end_of_turn", *SPELLED),
     Value.FOLLOW_UP: ("", "Why", "x" * 38),
     Value.CONFIDENCE: ("", "0", "0.", "0.5", "0.57", "1", "1.0", "1.00"),
     Value.TARGET: ("", "why", "why_", "x" * 37, "x" * 38 + "_", "x" * 40),
@@ -313,3 +322,20 @@ def test_a_mask_is_the_grammar_asked_for_each_token(tokenizer, kind):
             expected.add(tokens.escape)
         found = set(np.flatnonzero(tokens.after(kind, text)).tolist())
         assert found == expected and found, (text, [tokens.texts[token] for token in found ^ expected])
+
+
+def test_a_mask_after_a_less_than_sign_costs_no_more_than_another():
+    """It once tried each token that has a letter in which the name of a control token ends: with Gemma's vocabulary
+    0.46 s for every token that followed in a text like "a < b", where the model takes a tenth of that."""
+    texts = ["<escape>", *(f"{number}d>" for number in range(30_000))]
+    vocabulary = SimpleNamespace(texts=texts, plain=range(1, len(texts)), escape=0, special=("<unused", "<escape>"))
+    masks = AllowedTokens(vocabulary)
+
+    def seconds(text):
+        started = time.perf_counter()
+        masks.after(Value.FRAGMENT, text)
+        return time.perf_counter() - started
+
+    pairs = [(seconds("a < b"), seconds("a + b")) for _ in range(20)]
+    with_sign, without = (min(each) for each in zip(*pairs, strict=True))
+    assert with_sign < 10 * without

@@ -9,21 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
-from conversation.answering import decoding, engines, prefix_cache
-from conversation.answering.constrained import common_length
-from conversation.answering.decoding import (
-    BEST_OF_N,
-    CONSTRAINED,
-    CONTRAST,
-    DRAWN,
-    GREEDY,
-    Decoding,
-    generate_answer,
-)
+from conversation.answering import asking, decoding, engines, prefix_cache
+from conversation.answering.decoding import CONSTRAINED, GREEDY, Decoding, generate_answer
 from conversation.answering.engines import CONTEXT, open_engine
 from conversation.answering.llama_cpp_reading import GgufVocabulary
 from conversation.answering.prefix_cache import PrefixCache
+from conversation.answering.reading import TransformersMemory
 from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocabulary
 from conversation.data.questions import THREE_CASES
 from conversation.errors import UserError
@@ -33,7 +26,7 @@ from conversation.format.grammar import MAX_CHARACTERS, Value
 from conversation.models import llama_cpp
 from conversation.models.gguf import TYPES, MergedWeights, write_gguf
 from conversation.models.merged_model import write_manifest
-from conversation.models.tokenizer import encode, load_tokenizer
+from conversation.models.tokenizer import common_prefix_length, encode, load_tokenizer
 from conversation.models.tokenizer import fingerprint as tokenizer_fingerprint
 from conversation.models.weights import load_model
 from conversation.runs.files import file_hashes
@@ -42,6 +35,19 @@ ROOT = Prompt("Why?")
 HISTORY = (Utterance("User", "Why?"), Utterance("AI", "It depends."))
 CHILD = Prompt("Example?", HISTORY)
 SIBLING = Prompt("How?", HISTORY)
+CONTRAST, DRAWN, BEST_OF_N = map(Decoding, ("contrast", "drawn", "best_of_n"))
+
+
+def answer(engine, prompt, how=CONSTRAINED):
+    """A whole answer."""
+    parts = [written.content for written in engine.stream(prompt, decoding=how)]
+    fragments = tuple(part for part in parts if isinstance(part, str))
+    return Answer(fragments, tuple(part for part in parts if isinstance(part, FollowUp)))
+
+
+def ids_of(engine, prompt):
+    """The ids of the likeliest answer within the grammar, without `<end_of_turn>`."""
+    return [token for written in engine.stream(prompt) for token in written.ids]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +56,7 @@ def short_answers():
     with pytest.MonkeyPatch.context() as patch:
         for kind, length in ((Value.FRAGMENT, 9), (Value.FOLLOW_UP, 6), (Value.TARGET, 5)):
             patch.setitem(MAX_CHARACTERS, kind, length)
-        for module in (engines, decoding):
+        for module in (engines, decoding, asking):
             patch.setattr(module, "MAX_NEW_TOKENS", 60)
         yield
 
@@ -75,12 +81,12 @@ def engine(request, merged, in_f32):
 
 
 def test_an_answer_streams_fragments_and_then_three_follow_ups(engine):
-    parts = list(engine.stream(ROOT))
+    parts = [written.content for written in engine.stream(ROOT)]
     fragments = [part for part in parts if isinstance(part, str)]
     follow_ups = parts[len(fragments) :]
     assert 1 <= len(fragments) <= 4 and len(follow_ups) == 3
     assert all(isinstance(part, FollowUp) for part in follow_ups)
-    assert engine.answer(ROOT) == Answer(tuple(fragments), tuple(follow_ups))
+    assert answer(engine, ROOT) == Answer(tuple(fragments), tuple(follow_ups))
 
 
 @pytest.mark.parametrize("how", [CONSTRAINED, CONTRAST, GREEDY, DRAWN], ids=lambda how: how.method)
@@ -91,42 +97,55 @@ def test_an_engine_says_what_the_model_says(engine, merged, how):
         if how is GREEDY:
             assert engine.greedy(prompt) == expected
         else:
-            ids = engine.vocabulary.encode(engine.answer(prompt, how).pieces())
+            ids = engine.vocabulary.encode(answer(engine, prompt, how).pieces())
             assert tokenizer.decode(ids) == tokenizer.decode(expected)
     if how is CONSTRAINED:
-        assert engine.constrained(ROOT) == generate_answer(model, tokenizer, ROOT, how)
+        assert [*ids_of(engine, ROOT), *tokenizer.convert_tokens_to_ids(["<end_of_turn>"])] == expected
 
 
 def test_a_seed_draws_an_answer_again_and_another_seed_another(engine):
     one, other = (Decoding("drawn", temperature=3.0, seed=seed) for seed in (1, 2))
-    assert engine.answer(ROOT, one) == engine.answer(ROOT, one) != engine.answer(ROOT, other)
+    assert answer(engine, ROOT, one) == answer(engine, ROOT, one) != answer(engine, ROOT, other)
 
 
-def test_the_prefix_of_a_parent_and_of_a_sibling_is_not_read_again(engine):
+@pytest.fixture
+def known(monkeypatch):
+    """How many tokens of each prompt did not have to be read again."""
+    found, begin = [], PrefixCache._begin
+
+    def listening(cache, context):
+        read = begin(cache, context)
+        found.append(len(read.ids))
+        return read
+
+    monkeypatch.setattr(PrefixCache, "_begin", listening)
+    return found
+
+
+def test_the_prefix_of_a_parent_and_of_a_sibling_is_not_read_again(engine, known):
     history = (Utterance("User", "Who?"), Utterance("AI", "It is near."))
     prompts = [Prompt("Who?"), Prompt("Where?", history), Prompt("When?", history)]  # not asked by another test
     root, child, sibling = map(engine.vocabulary.encode_prompt, prompts)
-    engine.answer(prompts[0])
-    engine.answer(prompts[1])
-    after_parent = engine.reused_tokens
-    engine.answer(prompts[2])
-    after_sibling = engine.reused_tokens
-    assert after_parent >= common_length(root, child) > 5
-    assert after_sibling == common_length(child, sibling) > after_parent
-    engine.answer(prompts[0])
-    assert engine.reused_tokens >= len(root) - 1  # the branches left it whole
+    answer(engine, prompts[0])
+    answer(engine, prompts[1])
+    answer(engine, prompts[2])
+    _, after_parent, after_sibling = known
+    assert after_parent >= common_prefix_length(root, child) > 5
+    assert after_sibling == common_prefix_length(child, sibling) > after_parent
+    answer(engine, prompts[0])
+    assert known[-1] >= len(root) - 1  # the branches left it whole
 
 
-def test_a_warm_engine_has_read_what_all_prompts_begin_with(in_f32):
+def test_a_warm_engine_has_read_what_all_prompts_begin_with(in_f32, known):
     engine = open_engine(in_f32)
     engine.warm_up()
-    engine.answer(CHILD)
+    answer(engine, CHILD)
     child, root = (engine.vocabulary.encode_prompt(each) for each in (CHILD, ROOT))
-    assert engine.reused_tokens == common_length(child, root)
+    assert known == [0, common_prefix_length(child, root)]
 
 
 def test_a_stopped_answer_ends_early_and_leaves_the_next_one_right(engine):
-    whole = engine.answer(CHILD)
+    whole = answer(engine, CHILD)
     asked = 0
 
     def after(number):
@@ -141,15 +160,51 @@ def test_a_stopped_answer_ends_early_and_leaves_the_next_one_right(engine):
         asked = 0
         parts = list(engine.stream(CHILD, stopped=after(number)))
         assert len(parts) < 7 and asked == number + 1
-    assert engine.answer(CHILD) == whole
+    assert answer(engine, CHILD) == whole
 
 
 def test_an_abandoned_stream_leaves_the_next_one_right(engine):
-    whole = [engine.answer(each) for each in (ROOT, CHILD)]
+    whole = [answer(engine, each) for each in (ROOT, CHILD)]
     abandoned = engine.stream(ROOT)
     next(abandoned)
-    assert engine.answer(CHILD) == whole[1]
-    assert [*whole[0].fragments[1:], *whole[0].follow_ups] == list(abandoned)  # and can even be taken up again
+    assert answer(engine, CHILD) == whole[1]
+    assert [*whole[0].fragments[1:], *whole[0].follow_ups] == [
+        written.content for written in abandoned
+    ]  # and can even be taken up again
+
+
+def test_a_prompt_whose_reading_broke_off_is_read_anew(merged):
+    """As when a GPU has no memory left in the middle of a pass: some layers have read the tokens, others have not."""
+    model = load_model(merged).eval()
+    cache = PrefixCache(lambda: TransformersMemory(model))
+    contexts = [[2, 30, 31, 32, 33], [2, 30, 40]]
+
+    def read(answer):
+        with cache.reader(contexts, lambda: False) as reader:
+            return reader.logits(answer)
+
+    expected = read([50, 51])
+    for contexts[0] in ([2, 30, 31, 32, 33], [2, 30, 31, 34, 35, 36]):  # one that is kept, and one that is new
+        for calls in (0, 2, 5):  # of four layers, for each of two contexts
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(DynamicCache, "update", failing_after(calls, DynamicCache.update))
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    read([50, 51])
+            found = read([50, 51])
+            assert found[1] == pytest.approx(expected[1], abs=1e-4)
+            if contexts[0][3] == 32:
+                assert found[0] == pytest.approx(expected[0], abs=1e-4)
+
+
+def failing_after(calls, function):
+    left = iter(range(calls))
+
+    def failing(*arguments, **options):
+        if next(left, None) is None:
+            raise RuntimeError("out of memory")
+        return function(*arguments, **options)
+
+    return failing
 
 
 def test_only_the_last_prompts_are_kept(monkeypatch):
@@ -255,17 +310,17 @@ def test_a_full_memory_forgets_the_oldest_prompt_and_not_the_answer(in_f32, monk
 
     whole = open_engine(in_f32)
     prompts = [prompt(letter, 40) for letter in "QXZKJV"]
-    expected = [whole.answer(each) for each in prompts]
+    expected = [answer(whole, each) for each in prompts]
     dropped = []
     monkeypatch.setattr(PrefixCache, "_drop_one", _counted(PrefixCache._drop_one, dropped))
     monkeypatch.setattr(engines, "CELLS", 256)
     assert sum(map(whole.count_tokens, prompts)) > 2 * 256
     small = open_engine(in_f32)
-    assert [small.answer(each) for each in prompts] == expected
+    assert [answer(small, each) for each in prompts] == expected
     assert dropped and all(dropped)
     with pytest.raises(UserError, match="no memory for a text of this length"):
-        small.answer(prompt("Q", 200))
-    assert not dropped[-1] and small.answer(prompts[0]) == expected[0]
+        answer(small, prompt("Q", 200))
+    assert not dropped[-1] and answer(small, prompts[0]) == expected[0]
 
 
 def _counted(method, results):
@@ -291,7 +346,7 @@ def test_without_the_package_a_sentence_says_how_to_install_it(in_f32, monkeypat
     with pytest.raises(UserError, match="structures of this build of xllamacpp are others: n_batch"):
         open_engine(in_f32)
     monkeypatch.undo()
-    assert open_engine(in_f32).answer(ROOT)
+    assert answer(open_engine(in_f32), ROOT)
 
 
 def test_a_file_that_is_no_model_of_ours_is_refused_in_a_sentence(tmp_path, merged, in_f32):
@@ -332,5 +387,5 @@ def test_the_real_model_says_the_same_ids_in_both_programs(standin_folder, tmp_p
     write_gguf(MergedWeights(folder), TYPES["f32"], path, {FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
     one, other = open_engine(folder), open_engine(path)
     for case in THREE_CASES:
-        assert other.constrained(case.prompt) == one.constrained(case.prompt)
+        assert ids_of(other, case.prompt) == ids_of(one, case.prompt)
         assert other.greedy(case.prompt)[:30] == one.greedy(case.prompt)[:30]

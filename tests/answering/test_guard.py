@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from served import serving
+from starlette.datastructures import Headers
 
 from conversation.answering.guard import Access
 from conversation.errors import UserError
@@ -85,10 +86,14 @@ def test_a_foreign_page_may_link_to_the_page_but_not_read_nor_embed_anything(ser
 
 def test_an_origin_that_was_allowed_by_name_may_use_it_with_the_key(locked):
     origin = {"Origin": "https://friend.example", "Sec-Fetch-Site": "cross-site"}
-    status, headers, _ = locked.call("OPTIONS", "/v1/chat/completions", headers=origin)
-    assert status == 204 and "authorization" in headers["access-control-allow-headers"]
+    asked = "authorization,content-type,x-stainless-arch,x-stainless-os,x-stainless-retry-count"  # OpenAI's client
+    preflight = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
+    status, headers, _ = locked.call("OPTIONS", "/v1/chat/completions", headers=preflight)
+    allowed = headers["access-control-allow-headers"].split(",")
+    assert status == 204 and set(asked.split(",")) <= set(allowed)
     status, headers, _ = locked.call("GET", "/v1/models", headers={**origin, "Authorization": f"Bearer {KEY}"})
     assert (status, headers["access-control-allow-origin"]) == (200, "https://friend.example")
+    assert "retry-after" in headers["access-control-expose-headers"]
     assert locked.call("GET", "/v1/models", headers=origin)[0] == 401
     evil = {"Origin": "https://evil.example", "Authorization": f"Bearer {KEY}"}
     assert locked.call("GET", "/v1/models", headers=evil)[0] == 403
@@ -143,6 +148,29 @@ def test_a_reader_logs_in_once_and_the_page_works_by_its_cookie(locked):
     assert locked.call("POST", "/api/answer", QUESTION, {"Cookie": "conversation_key=x"})[0] == 401
 
 
+ODD_COOKIES = (
+    'theme={"mode":"dark"}',
+    "x=[1, 2]",
+    "a",
+    "=",
+    "a b=c",
+    "\xe4=\xe4",
+    'q="',
+    "k@(:)=1",
+    "conversation_key_=x",
+)
+
+
+@given(others=st.lists(st.sampled_from(ODD_COOKIES) | st.text(st.characters(max_codepoint=255), max_size=8)))
+def test_no_cookie_of_another_program_on_this_host_hides_the_logins(others):
+    """Cookies know no ports: a browser sends those of every program at 127.0.0.1."""
+    access = Access(key=KEY)
+    others = [each.replace(";", "").replace("conversation_key=", "") for each in others]
+    header = "; ".join([*others, f"conversation_key={access.cookie}"])
+    assert access.accepts(Headers(raw=[(b"cookie", header.encode("latin-1"))]))
+    assert not access.accepts(Headers(raw=[(b"cookie", "; ".join(others).encode("latin-1"))]))
+
+
 def test_a_server_that_others_can_reach_needs_a_key_that_is_hard_to_guess():
     for host in ("0.0.0.0", "::", "192.168.1.7"):
         with pytest.raises(UserError, match="an API key is needed") as caught:
@@ -155,10 +183,38 @@ def test_a_server_that_others_can_reach_needs_a_key_that_is_hard_to_guess():
     assert Access("::1").is_loopback and Access("127.0.0.2").is_loopback
 
 
-@pytest.mark.parametrize("origin", ["*", "chat.example.org", "https://a.example/", "https://", "ftp://a.example"])
-def test_an_allowed_origin_is_an_origin(origin):
-    with pytest.raises(UserError, match="is no origin"):
+@pytest.mark.parametrize(
+    ("origin", "written"),
+    [
+        *(("*", ""), ("chat.example.org", ""), ("https://", ""), ("ftp://a.example", ""), ("https://a.example:x", "")),
+        ("https://a.example/", "https://a.example"),
+        ("https://A.example", "https://a.example"),
+        ("https://a.example:443", "https://a.example"),
+        ("http://a.example:80", "http://a.example"),
+        ("https://me@a.example:8443/x", "https://a.example:8443"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("https://b\xfccher.example", ""),
+    ],
+)
+def test_an_allowed_origin_is_an_origin_as_browsers_write_it(origin, written):
+    """Any other would be accepted and never match."""
+    with pytest.raises(UserError, match="is no origin") as caught:
         Access(allowed_origins=(origin,))
+    assert caught.value.hint == f"write {written or 'it like https://chat.example.org'}"
+    for right in filter(None, (written, "http://a.example:443", "http://localhost:5173")):
+        Access(allowed_origins=(right,))
+
+
+@pytest.mark.parametrize("host", ["Chat.Example.org:8443", "chat.example.org", "CHAT.example.org"])
+def test_an_allowed_host_is_known_however_it_is_written(host):
+    assert Access(allowed_hosts=(host,)).knows_host("chat.example.org")
+    assert Access(allowed_hosts=("[fe80::1]",)).knows_host("fe80::1")
+
+
+@pytest.mark.parametrize("host", ["https://chat.example.org", "chat example", "", "*", "b\xfccher.example"])
+def test_an_allowed_host_that_no_browser_sends_is_refused(host):
+    with pytest.raises(UserError, match="is no name of a host"):
+        Access(allowed_hosts=(host,))
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=60))

@@ -2,16 +2,21 @@
 
 import json
 import socket
+import threading
 import time
-from types import SimpleNamespace
 
 import openai
 import pytest
-from served import FOLLOW_UPS, FRAGMENTS, FakeEngine, serving
+from hypothesis import given
+from hypothesis import strategies as st
+from served import CALLS as WRITTEN
+from served import FOLLOW_UPS, FRAGMENTS, FakeEngine, serving, written
 
+from conversation.answering import openai_api
+from conversation.answering.decoding import CONSTRAINED
 from conversation.answering.openai_requests import FUNCTIONS, parse_request
 from conversation.answering.refusals import Refused
-from conversation.format.calls import FollowUp, Utterance
+from conversation.format.calls import Utterance
 
 TOOLS = [
     {
@@ -147,17 +152,19 @@ def test_tool_choice_picks_text_or_one_function(client):
         (["zzz", "\n"], "A pattern for chaining."),
         ("A", ""),
         (["chaining", "pattern"], "A "),
-        ("g.\nLike", "A pattern for chainin"),
+        ("g.\nLike", "A pattern for chainin"),  # held back when it was the end of the first fragment
+        ("g.\nlike", "A pattern for chaining.\nLike a box with rules."),
+        (["s.x", "es."], "A pattern for chaining.\nLike a box with rul"),
+        ("s.\nX", "A pattern for chaining.\nLike a box with rules."),
         ("Example?", "A pattern for chaining.\nLike a box with rules."),  # of a follow-up, which is no part of the text
     ],
 )
 def test_stop_ends_a_text_before_it_even_across_fragments(client, stop, text):
-    """Across fragments the first one is sent already when the second comes: what was sent stays."""
     whole = create(client, stop=stop).choices[0]
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in create(client, stop=stop, stream=True))
     assert whole.finish_reason == "stop"
     assert whole.message.content == streamed
-    assert whole.message.content == ("A pattern for chaining." if stop == "g.\nLike" else text)
+    assert whole.message.content == text
 
 
 def test_stop_ends_calls_before_the_one_that_says_it(client):
@@ -180,17 +187,15 @@ def test_max_tokens_ends_an_answer_before_the_call_that_would_be_cut(client, ser
 
 
 def test_several_answers_are_the_likeliest_and_drawn_ones(client, server):
-    import conversation.answering.decoding  # noqa: F401  (torch takes its time)
-
     answer = create(client, tools=TOOLS, n=3, seed=5)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert all(read_calls(choice.message.tool_calls) == CALLS for choice in answer.choices)
     decodings = server.engine.decodings[-3:]
-    assert decodings[0] is None and [(d.method, d.seed) for d in decodings[1:]] == [("drawn", 6), ("drawn", 7)]
+    assert decodings[0] == CONSTRAINED and [(d.method, d.seed) for d in decodings[1:]] == [("drawn", 6), ("drawn", 7)]
     create(client, temperature=1.5, top_p=0.5, seed=5)
     assert (server.engine.decodings[-1].temperature, server.engine.decodings[-1].top_p) == (1.5, 0.5)
     create(client, temperature=0)
-    assert server.engine.decodings[-1] is None
+    assert server.engine.decodings[-1] == CONSTRAINED
     chunks = list(create(client, n=2, stream=True))
     ended = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason]
     assert ended == [0, 1]
@@ -204,6 +209,27 @@ def test_the_model_is_listed_and_another_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_the_id_that_is_listed_while_the_model_loads_stays_its_id(tmp_path):
+    loaded, engine = threading.Event(), FakeEngine()
+    engine.name = "shown otherwise, q8_0"
+
+    def load():
+        loaded.wait(20)
+        return engine
+
+    with serving(tmp_path, engine, open_engine=load) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        listed = client.models.list().data[0].id
+        assert server.call("GET", "/health")[2]["status"] == "loading"
+        loaded.set()
+        for _ in range(2):  # one that may have waited while it loaded, and one after
+            answer = client.chat.completions.create(model=listed, messages=QUESTION)
+            assert (answer.model, answer.choices[0].message.content) == (listed, "\n".join(FRAGMENTS))
+        assert [model.id for model in client.models.list()] == [listed]
+        assert server.call("GET", "/health")[2]["model"] == listed
+        assert server.call("GET", "/api/model")[2]["name"] == "shown otherwise, q8_0"
 
 
 ASSISTANT = {"role": "assistant", "tool_calls": [{"function": {"name": "add_text", "arguments": "{"}}]}
@@ -283,7 +309,7 @@ def test_a_full_queue_is_a_rate_limit_which_the_client_waits_for(tmp_path, monke
 def test_a_failure_within_a_stream_reaches_the_client_as_an_error(tmp_path):
     class Failing(FakeEngine):
         def stream(self, prompt, stopped=lambda: False, decoding=None):
-            yield "One."
+            yield written("One.")
             raise RuntimeError("broken")
 
     with serving(tmp_path, Failing()) as server:
@@ -311,21 +337,58 @@ def test_a_client_that_leaves_stops_its_generation(tmp_path, stream):
             time.sleep(0.01)
 
 
-def test_tokens_are_counted_as_the_model_writes_them(tiny_folder):
-    """With the tiny Gemma's tokenizer; on the real Gemma's, 26 answers of the data were counted exactly, too."""
-    from conversation.answering.openai_api import answer_tokens
-    from conversation.format.calls import Answer
-    from conversation.models.tokenizer import encode, encode_prompt, load_tokenizer
+@given(
+    lines=st.lists(st.text("ab\u00e9", min_size=1, max_size=4), min_size=1, max_size=4),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4),
+)
+def test_a_text_ends_before_its_first_stop_text_however_it_is_cut_into_lines(lines, stops):
+    text = "\n".join(lines)
+    expected = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    growing, sent = openai_api._Text(tuple(stops)), ""
+    for line in lines:
+        sent += growing.add(line)
+        assert expected.startswith(sent)
+        if growing.is_stopped:
+            break
+    assert sent + growing.end() == expected
 
-    tokenizer = load_tokenizer(tiny_folder)
-    engine = SimpleNamespace(count_tokens=lambda prompt: len(encode_prompt(tokenizer, prompt)))
-    counted = sum(answer_tokens(engine, part) for part in (*FRAGMENTS, *FOLLOW_UPS))
-    exact = len(encode(tokenizer, Answer(FRAGMENTS, FOLLOW_UPS).pieces())) - 1  # <end_of_turn>
-    assert counted == exact
+
+def test_a_text_that_is_whole_ends_with_stop_and_without_the_follow_ups_that_do_not_fit(client):
+    lengths = [len(each.ids) for each in WRITTEN]
+    text = sum(lengths[: len(FRAGMENTS)])
+    for most in range(lengths[0] - 1, sum(lengths) + 2):
+        answer = create(client, max_tokens=most)
+        choice = answer.choices[0]
+        calls = sum(sum(lengths[: n + 1]) <= most for n in range(len(lengths)))
+        assert answer.usage.completion_tokens == sum(lengths[:calls]) <= most
+        assert choice.message.content == "\n".join(FRAGMENTS[:calls])
+        assert len(choice.message.follow_ups) == max(0, calls - len(FRAGMENTS))
+        assert choice.finish_reason == ("stop" if most >= text else "length")
+    cut = list(create(client, max_tokens=lengths[0], stop=".\nNo", stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in cut) == FRAGMENTS[0]
+
+
+def test_the_tokens_are_those_that_the_model_wrote(client):
+    wanted = {"type": "function", "function": {"name": "add_choice"}}
+    for options, calls in (
+        ({}, WRITTEN),
+        ({"tools": TOOLS}, WRITTEN),
+        ({"tool_choice": wanted, "tools": TOOLS}, WRITTEN[2:]),
+    ):
+        for n in (1, 2):
+            usage = create(client, n=n, **options).usage
+            assert usage.completion_tokens == n * sum(len(each.ids) for each in calls)
 
 
 def test_the_tools_are_those_of_the_format():
     assert tuple(tool["function"]["name"] for tool in TOOLS) == FUNCTIONS
-    with pytest.raises(Refused):
-        parse_request({"model": "m", "messages": [{"role": "user", "content": "a"}], "tools": [{}]})
-    assert FollowUp("a", "0.5", "b").probability == 0.5
+    with pytest.raises(Refused, match="a tool without a name cannot be called"):
+        parse_request({"model": "m", "messages": QUESTION, "tools": [*TOOLS, {}]})
+
+
+def test_an_unknown_tool_is_refused_wherever_it_stands():
+    with pytest.raises(Refused, match="'get_weather' cannot be called") as caught:
+        parse_request(
+            {"model": "m", "messages": QUESTION, "tools": [*TOOLS * 100, {"function": {"name": "get_weather"}}]}
+        )
+    assert caught.value.parameter == "tools[200]"

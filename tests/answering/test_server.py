@@ -12,6 +12,7 @@ import pytest
 from served import FOLLOW_UPS, FRAGMENTS, FakeEngine, parse_events, serving
 
 from conversation.answering import http_requests, listening
+from conversation.answering.decoding import CONSTRAINED
 from conversation.format.calls import TIMESTAMP, Utterance
 from conversation.format.control_tokens import CONTROL_TOKENS, Control
 
@@ -85,12 +86,10 @@ def test_control_tokens_in_a_question_stay_text(server, token):
 
 
 def test_a_seed_draws_another_answer_within_the_grammar(server):
-    import conversation.answering.decoding  # noqa: F401  (torch takes its time)
-
     server.call.events({**QUESTION, "seed": 7})
     assert (server.engine.decodings[-1].method, server.engine.decodings[-1].seed) == ("drawn", 7)
     server.call.events(QUESTION)
-    assert server.engine.decodings[-1] is None  # the engine's own way: the likeliest
+    assert server.engine.decodings[-1] == CONSTRAINED
 
 
 @pytest.mark.parametrize(
@@ -122,6 +121,13 @@ def test_a_question_that_cannot_be_asked_is_refused_with_its_reason(server, body
 def test_a_body_that_is_no_json_object_is_refused(server, body, status):
     headers = {"Content-Type": "application/json"}
     assert server.call("POST", "/api/answer", body=body, headers=headers)[0] == status
+
+
+def test_a_question_is_no_archive_whatever_words_stand_in_it(server):
+    body = json.dumps({"question": "x" * (257 - len('{"question": "')) + "ustar  is what tar writes there"}).encode()
+    assert body[257:263] == b"ustar "
+    status, _, text = server.call("POST", "/api/answer", body=body, headers={"Content-Type": "application/json"})
+    assert status == 200 and "event: done" in text
 
 
 def test_a_body_of_another_type_is_refused_as_a_form_of_a_foreign_page_would_be(server):

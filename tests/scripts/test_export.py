@@ -1,5 +1,6 @@
 """export_conversation_model.py on a tiny model: what it leaves, what it refuses, what it never leaves half done."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,17 +11,20 @@ from scripts_at_work import finished
 
 from conversation.answering import exporting
 from conversation.answering.engines import open_engine
+from conversation.answering.vocabulary import FINGERPRINT_KEY
 from conversation.data.examples import to_jsonl
+from conversation.data.questions import THREE_CASES
 from conversation.errors import UserError
 from conversation.format.calls import Prompt
 from conversation.models.gguf import TYPES
 from conversation.models.gguf_check import TensorCheck
-from conversation.models.tokenizer import fingerprint, load_tokenizer
+from conversation.models.tokenizer import encode_prompt, fingerprint, load_tokenizer
 from conversation.models.weights import load_model
-from conversation.runs.export_record import read_export
+from conversation.runs.export_record import Export, ExportedFile, read_export
 from conversation.runs.files import sha256_file
 from conversation.runs.folder import RunFolder
 from conversation.runs.record import AnswersResult, BaseIdentity, MergeResult
+from export_conversation_model import file_for_ollama
 
 EXPORT = "export_conversation_model.py"
 
@@ -67,7 +71,7 @@ def test_it_leaves_verified_files_a_modelfile_a_grammar_and_a_section_of_the_rep
     assert f32.equal_tokens == f32.tokens and f32.equal_answers == 23 and f32.largest_gap == 0
     assert f32.survived == 1 and 0 < q8_0.share_of_error <= 1 and q8_0.equal_tokens > 0.5 * q8_0.tokens
     assert "\nDevice: cpu (" in said and said.startswith("Needs ") and "of disk (f32 " in said and "minutes" in said
-    assert (run.exported / "Modelfile").read_text().startswith("FROM ./conversation-2026-01-02-f32.gguf\n")
+    assert (run.exported / "Modelfile").read_text().startswith("FROM ./conversation-2026-01-02-q8_0.gguf\n")
     assert "root ::= text{1,4} choice{3}" in (run.exported / "conversation.gbnf").read_text()
     report = run.report.read_text()
     assert "## Exported for llama.cpp and Ollama" in report and "| [q8_0](gguf/" in report
@@ -77,9 +81,24 @@ def test_a_run_is_then_answered_for_by_its_q8_0_file(exported):
     run, _ = exported
     engine = open_engine(run.path)
     assert engine.device == "cpu (llama.cpp)"
-    assert engine.name == "2026-01-02, q8_0" and engine.engine.startswith("llama.cpp")
+    assert engine.name == "2026-01-02, q8_0" and engine.program.startswith("llama.cpp")
     alone = open_engine(run.exported / "conversation-2026-01-02-q8_0.gguf")
-    assert engine.answer(Prompt("Why?")) == alone.answer(Prompt("Why?"))
+    assert list(engine.stream(Prompt("Why?"))) == list(alone.stream(Prompt("Why?")))
+
+
+def test_the_modelfile_names_the_best_file_that_is_there_and_was_not_forced(tmp_path):
+    names = [field.name for field in dataclasses.fields(ExportedFile)]
+    f32, q8_0, forced = (
+        ExportedFile(**{**dict.fromkeys(names), "type": kind, "file": f"{kind}.gguf", "forced": reasons})
+        for kind, reasons in (("f32", ()), ("q8_0", ()), ("q5_1", ("reason",)))
+    )
+    export = Export("model", {}, (forced, f32, q8_0))
+    (tmp_path / forced.file).touch()
+    assert file_for_ollama(export, forced, tmp_path) == forced.file  # there is no other
+    (tmp_path / f32.file).touch()
+    assert file_for_ollama(export, forced, tmp_path) == f32.file
+    (tmp_path / q8_0.file).touch()
+    assert file_for_ollama(export, f32, tmp_path) == q8_0.file
 
 
 def test_a_resumed_one_leaves_what_is_intact_and_makes_again_what_is_not(exported, tmp_path):
@@ -126,11 +145,16 @@ def test_a_type_in_which_the_training_is_lost_is_refused_before_anything_is_aske
 
 
 def test_other_ids_and_another_answer_are_refused(exporter, tmp_path, monkeypatch, merged_tiny):
-    metadata = {"conversation.tokenizer_fingerprint": fingerprint(load_tokenizer(merged_tiny))}
+    metadata = {FINGERPRINT_KEY: fingerprint(load_tokenizer(merged_tiny))}
     path, f32 = tmp_path / "x.gguf", TYPES["f32"]
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "encode_prompt", lambda *_: [1, 2, 3])
         with pytest.raises(UserError, match='encodes "What\'s a monad\\?" otherwise than the training, from token'):
+            exporter().export(f32, path, metadata)
+    with monkeypatch.context() as patch:  # the same ids, and then one more
+        patch.setattr(exporting, "encode_prompt", lambda *given: [*encode_prompt(*given), 9])
+        length = len(encode_prompt(load_tokenizer(merged_tiny), THREE_CASES[0].prompt))
+        with pytest.raises(UserError, match=rf"from token {length} on: \[\], expected \[9\]"):
             exporter().export(f32, path, metadata)
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "open_engine", lambda part: Muddled(open_engine(part)))

@@ -1,5 +1,7 @@
 """serve_conversation_model.py as a user starts it: what it says, which port it takes, how it ends."""
 
+import contextlib
+import errno
 import http.client
 import json
 import os
@@ -22,6 +24,7 @@ from conversation.data.conversations import parse_conversation
 from conversation.data.own_trees import training_tree
 from conversation.data.trees import read_trees
 from conversation.errors import UserError
+from serve_conversation_model import name_of
 
 SERVE = "serve_conversation_model.py"
 FAKE = """
@@ -29,12 +32,13 @@ import sys
 sys.path[:0] = [{project!r}, {project!r} + "/tests"]
 import conversation.answering as package, types
 engines = types.ModuleType("conversation.answering.engines")
+sys.modules["conversation.answering.engines"] = engines  # before a module imports the true one
 from served import FakeEngine
 def open_engine(source, device):
     engine = FakeEngine({pace})
+    engine.warm_up = lambda: print("warm")
     return engine
 engines.open_engine = open_engine
-sys.modules["conversation.answering.engines"] = engines
 sys.argv[0] = "serve_conversation_model.py"
 import serve_conversation_model
 from conversation.errors import run_main
@@ -111,7 +115,7 @@ def test_it_says_address_and_model_and_that_there_is_no_browser(tmp_path):
     served.lines.append(served.process.stdout.readline())
     _, out, _ = served.end()
     assert f"Loading {tmp_path}" in out and f"Ready: http://127.0.0.1:{served.port}/" in out
-    assert "Device: cpu (fake)\nReady: " in out
+    assert "warm\n" in out and "Device: cpu (fake)\nReady: " in out  # warm before the first question
     assert "No browser was found here: open that address yourself." in out
     quiet = Served(tmp_path, "--port", 0, "--no_browser")
     assert "browser" not in quiet.end()[1].replace("no_browser", "")
@@ -126,6 +130,13 @@ def test_a_port_in_use_is_said_and_the_next_free_one_taken(tmp_path):
         _, out, _ = served.end()
         assert port < served.port <= port + 19
         assert f"Port {port} is in use; this server takes {served.port}." in out
+
+
+def test_the_model_has_the_name_of_its_file_or_folder(tmp_path):
+    file, folder = tmp_path / "conversation-2026.01.02-q8_0.gguf", tmp_path / "2026.01.02"
+    file.write_bytes(b"GGUF")
+    folder.mkdir()
+    assert [name_of(each) for each in (file, folder)] == ["conversation-2026.01.02-q8_0", "2026.01.02"]
 
 
 def test_a_key_from_the_variable_is_asked_for(tmp_path):
@@ -188,8 +199,52 @@ def test_ports_are_tried_in_turn_and_when_none_is_free_it_is_said():
             assert url_of(second) == f"http://127.0.0.1:{second.getsockname()[1]}/"
     with listen("127.0.0.1", 65535) as last:
         assert last.getsockname()[1] == 65535
-        with pytest.raises(UserError, match="all in use"):
+        with pytest.raises(UserError, match=r"^the port 65535 is in use$"):
             listen("127.0.0.1", 65535)
+    with taking_all_from(65530), pytest.raises(UserError, match=r"^the ports 65530 to 65535 are all in use$"):
+        listen("127.0.0.1", 65530)
+
+
+@contextlib.contextmanager
+def taking_all_from(port):
+    with contextlib.ExitStack() as stack:
+        for each in range(port, 2**16):
+            with contextlib.suppress(OSError):  # somebody else has it
+                taken = stack.enter_context(socket.socket())
+                taken.bind(("127.0.0.1", each))
+                taken.listen()
+        yield
+
+
+def test_a_name_of_several_addresses_is_served_at_the_first_that_this_machine_has(monkeypatch):
+    """As `localhost` where ::1 stands first and IPv6 is off."""
+    found = [
+        (socket.AF_INET6, ("::1", 0, 0, 0)),
+        (socket.AF_INET, ("203.0.113.7", 0)),
+        (socket.AF_INET, ("127.0.0.1", 0)),
+    ]
+    lines = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: lines)
+    whole = socket.socket
+
+    def without_ipv6(family=socket.AF_INET, *more, **options):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return whole(family, *more, **options)
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    with listen("localhost", 0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+        port = listener.getsockname()[1]
+        monkeypatch.setattr("conversation.answering.listening.TRIED_PORTS", 1)
+        with pytest.raises(UserError, match=f"the port {port} is in use"):
+            listen("localhost", port)
+    del lines[2]
+    with pytest.raises(UserError, match="cannot listen at localhost port 0: Cannot assign"):
+        listen("localhost", 0)
+    del lines[1]
+    with pytest.raises(UserError, match="cannot listen at localhost port 0: Address family not supported"):
+        listen("localhost", 0)
 
 
 def test_a_text_browser_is_never_started(monkeypatch):
