@@ -28,7 +28,7 @@ from conversation.models.tokenizer import (
     id_of,
     load_tokenizer,
 )
-from conversation.runs.files import read_json
+from conversation.models.weights import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,9 +131,7 @@ def _rows(folder: Path) -> int | None:
     """How many token ids the model of a folder has embeddings for; None without a config, or when it does not say."""
     if not (folder / "config.json").is_file():
         return None
-    config = read_json(folder / "config.json")
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    size = getattr(text_config(folder), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 

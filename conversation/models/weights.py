@@ -13,8 +13,7 @@ from conversation.runs.record import BaseIdentity
 from conversation_config import LORA_TARGETS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 INDEX = "model.safetensors.index.json"
 
@@ -76,12 +75,25 @@ def tied_but_different(folder: Path) -> bool:
         return False  # `load_model` says what is broken
     if found[0].shape == found[1].shape and bool((found[0] == found[1]).all()):
         return False
+    try:
+        return bool(text_config(folder).tie_word_embeddings)
+    except UserError:  # `load_model` says what is broken
+        return False
+
+
+def text_config(folder: Path) -> PreTrainedConfig:
+    """A model folder's config of the language model, as the library reads it.
+
+    Not the file's own keys: earlier versions wrote others (`rope_theta`, not `rope_parameters`; no `layer_types`), and
+    what equals a default may be left out. Raises UserError when the library cannot read it.
+    """
     from transformers import AutoConfig
 
     try:
-        return bool(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().tie_word_embeddings)
-    except Exception:  # the library raises whatever its parsers raise; `load_model` says what is broken
-        return False
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    except Exception as error:  # the library raises whatever its parsers and validators raise
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}", "fetch or make the model again") from None
+    return config
 
 
 def weights_hash(folder: Path) -> str:
