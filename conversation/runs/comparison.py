@@ -106,9 +106,7 @@ def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
     figure = new_figure(11, 4.8)
     shares, losses = figure.subplots(1, 2)
     sets = [(name, key, each.sets[key]) for name, each in evaluations.items() for key in each.sets if key != "all"]
-    bars = {
-        f"{name} {key}".strip(): [getattr(figures, field) or 0.0 for field in SHARES] for name, key, figures in sets
-    }
+    bars = {f"{name} {key}".strip(): [getattr(figures, field) for field in SHARES] for name, key, figures in sets}
     _grouped_bars(shares, [NAMES[field] for field in SHARES], bars, "{:.0%}")
     shares.set(xlim=(0, 1.12), xlabel="share", title="what the model says and knows")
     values = {}
@@ -123,12 +121,16 @@ def _draw(evaluations: Mapping[str, Evaluation], path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _grouped_bars(axes, labels: Sequence[str], bars: Mapping[str, Sequence[float]], form: str) -> None:
+def _grouped_bars(axes, labels: Sequence[str], bars: Mapping[str, Sequence[float | None]], form: str) -> None:
+    """Horizontal bars beside each label. What was not measured has no bar, and "-" in its place."""
     height = 0.8 / len(bars)
     for number, (name, values) in enumerate(bars.items()):
         places = [place + (number - (len(bars) - 1) / 2) * height for place in range(len(labels))]
-        drawn = axes.barh(places, values, height * 0.9, label=name, color=COLOURS[number % len(COLOURS)])
-        axes.bar_label(drawn, [form.format(value) for value in values], padding=2, fontsize=7)
+        drawn = axes.barh(
+            places, [value or 0.0 for value in values], height * 0.9, label=name, color=COLOURS[number % len(COLOURS)]
+        )
+        said = ["-" if value is None else form.format(value) for value in values]
+        axes.bar_label(drawn, said, padding=2, fontsize=7)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -150,6 +152,7 @@ def _losses(evaluation: Evaluation, kind: str) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (head, *rows))
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

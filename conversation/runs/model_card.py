@@ -12,10 +12,11 @@ from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RunFolder
 from conversation.runs.record import RunRecord
-from conversation_config import DATA_SETS, STAND_IN
+from conversation_config import DATA_SETS, PROJECT, STAND_IN
 
 CARD = "README.md"
 STAND_IN_ORIGIN = "google/gemma-3-270m"  # on the hub; the stand-in is a 4-bit quantization of it
+_OF_A_FILE = re.compile(r"\.(jsonl?|txt|csv|parquet|gz|zip|gguf|safetensors)$", re.IGNORECASE)
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 
@@ -72,7 +73,10 @@ def hub_name(name: str) -> str | None:
     if name == STAND_IN:
         return STAND_IN_ORIGIN
     found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?(:\S+)?", name)
-    return found[1] if found and not Path(found[1]).exists() else None
+    if not found or _OF_A_FILE.search(found[1]):
+        return None
+    # A name relative to the project is what a run has that was started there; its report may be written elsewhere.
+    return None if any((root / found[1]).exists() for root in (Path.cwd(), PROJECT)) else found[1]
 
 
 def _title(record: RunRecord) -> str:
@@ -96,8 +100,9 @@ def _metrics(run: RunFolder, record: RunRecord) -> list[tuple[str, str, str, flo
         evaluation = read_evaluation(run.evaluation)
     for name, figures in (evaluation.sets if evaluation else {}).items():
         for metric in ("valid", "right_of_five", "answer_relevance"):
+            kind = "cosine_similarity" if metric == "answer_relevance" else "accuracy"
             if (value := getattr(figures, metric)) is not None:
-                found.append((f"evaluation questions, {name}", "accuracy", metric.replace("_", " "), round(value, 4)))
+                found.append((f"evaluation questions, {name}", kind, metric.replace("_", " "), round(value, 4)))
     return found
 
 
