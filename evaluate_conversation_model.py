@@ -16,6 +16,7 @@ Exit status: 0 evaluated; 1 tried and failed; 2 not started.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ SHORT = 4  # a short evaluation asks every fourth pair of a root question and a 
 
 def main() -> int:
     args = parse_flags()
+    if args.compare or args.model:
+        check_output(args.output)
     if args.compare:
         runs = [RunFolder(path.resolve()) for path in args.compare]
         print(comparison_table(runs))
@@ -49,25 +52,33 @@ def main() -> int:
     if args.model:
         folder = args.model.resolve()
         evaluation = evaluate(args, folder, folder.name)
+        print(f"\n{figures_table({folder.name: evaluation})}")  # first: the file may not be written
         write_evaluation(evaluation, args.output)
-        print(f"\n{figures_table({folder.name: evaluation})}\nWritten: {shown(args.output)}")
+        print(f"Written: {shown(args.output)}")
         return 0
     run = chosen_run(args.run_dir)
     record = run.read()
-    run.check_merged(record)
-    reason = why_evaluate_again(run) if args.resume else ""
-    if reason is None:
-        print("The model is evaluated already.")
-        return 0
-    if reason:
-        print(f"Evaluating, as {reason}.")
     with locked_folder(run.path), logged_console(run.console_log):  # published or not: an evaluation is added
-        fingerprint = record.base_model.tokenizer_fingerprint
-        evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
-        write_evaluation(evaluation, run.evaluation)
-        write_report(run)
-        print(f"\n{figures_table({run.path.name: evaluation})}\nReport: {shown(run.report)}")
+        run.check_merged(record)
+        reason = why_evaluate_again(run) if args.resume else ""
+        if reason is None:
+            print("The model is evaluated already.")
+        else:
+            if reason:
+                print(f"Evaluating, as {reason}.")
+            fingerprint = record.base_model.tokenizer_fingerprint
+            evaluation = evaluate(args, run.merged_model, run.path.name, fingerprint, run.training_data)
+            print(f"\n{figures_table({run.path.name: evaluation})}")
+            write_evaluation(evaluation, run.evaluation)
+        write_report(run)  # always: an earlier process may have ended between the two
+        print(f"Report: {shown(run.report)}")
     return 0
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError when this file cannot be written: before the minutes that its content takes."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written", "name a file in a folder of yours with --output")
 
 
 def parse_flags() -> argparse.Namespace:

@@ -1,15 +1,20 @@
 """evaluate_conversation_model.py on a tiny run: what it leaves, what it compares, what it refuses."""
 
 import json
+import re
 import shutil
+import sys
 
 import pytest
 from conftest import run_script
 from scripts_at_work import finished
 
+import evaluate_conversation_model
+from conversation.errors import UserError
 from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.folder import RunFolder
 from conversation.runs.report import write_report
+from conversation_config import TRAINING_RUNS
 
 EVALUATE = "evaluate_conversation_model.py"
 
@@ -52,6 +57,7 @@ def test_the_figures_are_those_of_the_answers_in_the_file(evaluated):
 def test_a_resumed_one_is_done_already_and_a_new_merge_makes_it_void(evaluated, tmp_path):
     status, output = finished(EVALUATE, "--run_dir", evaluated.path, "--resume", output=tmp_path / "again")
     assert status == 0 and "evaluated already" in output
+    assert "evaluated already" in evaluated.console_log.read_text()
     copy = RunFolder(shutil.copytree(evaluated.path, tmp_path / "copy"))
     status, output = finished("merge_conversation_model.py", "--run_dir", copy.path, output=tmp_path / "merge")
     assert status == 0 and not copy.evaluation.exists(), output
@@ -95,6 +101,30 @@ def test_a_broken_evaluation_prevents_no_report_and_is_made_again(evaluated, tmp
     status, output = finished(EVALUATE, *flags, output=tmp_path / "again")
     assert status == 0 and f"Evaluating, as {copy.evaluation} is broken" in output, output
     assert read_evaluation(copy.evaluation).short and "Not shown" not in copy.report.read_text()
+
+
+def test_a_place_that_takes_no_file_is_refused_before_the_model_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--model", "--compare"):
+        for output in ("nowhere/x.json", ".", "/proc/x.json"):
+            monkeypatch.setattr(sys, "argv", [EVALUATE, flag, str(tmp_path), "--output", output])
+            with pytest.raises(UserError, match=f"^{re.escape(output)} cannot be written") as refused:
+                evaluate_conversation_model.main()
+            assert refused.value.exit_status == 2
+
+
+def test_the_figures_are_shown_though_their_file_cannot_be_written(tmp_path, monkeypatch, capsys):
+    evaluation = read_evaluation(TRAINING_RUNS / "example-2026-11-26" / "evaluation.json")
+    monkeypatch.setattr(sys, "argv", [EVALUATE, "--model", str(tmp_path), "--output", str(tmp_path / "x.json")])
+    monkeypatch.setattr(evaluate_conversation_model, "evaluate", lambda *_: evaluation)
+
+    def full(*_):
+        raise UserError("cannot write x.json: No space left on device")
+
+    monkeypatch.setattr(evaluate_conversation_model, "write_evaluation", full)
+    with pytest.raises(UserError, match="No space left"):
+        evaluate_conversation_model.main()
+    assert "right answer likeliest of five" in capsys.readouterr().out
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_sentence(untouched, tmp_path):

@@ -167,6 +167,14 @@ def test_what_cannot_be_exported_is_refused_before_it_begins(merged_tiny, untouc
     assert not (untouched / "gguf").exists() and not (tmp_path / "gguf").exists()
 
 
+def test_the_log_has_the_reason_of_a_refused_export_and_a_report_that_fails_too_does_not_hide_it(untouched, tmp_path):
+    run = RunFolder(shutil.copytree(untouched, tmp_path / "run"))
+    run.metrics.write_text("{\n")
+    status, said = finished(EXPORT, "--run_dir", run.path, "--type", "f32", output=tmp_path / "out")
+    assert status == 2 and "do not attend to all in every sixth layer" in said and "metrics" not in said, said
+    assert "do not attend to all in every sixth layer" in run.console_log.read_text()
+
+
 def test_too_little_disk_space_is_said_beforehand(run, tmp_path):
     full = (("no_space_on_any_disk",),)
     status, said = finished(EXPORT, "--run_dir", run.path, "--type", "f16", output=tmp_path / "out", faults=full)
