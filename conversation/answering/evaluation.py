@@ -178,7 +178,7 @@ def _evaluated(
         right_of_five=is_right,
         follow_up_rank=rank,
         expected_confidences=confidences,
-        rank_agreement=figures.rank_agreement(confidences, theirs),
+        rank_agreement=figures.kendall_tau(confidences, theirs),
         brier_score=round(figures.brier_score(confidences, case.followed), 4),
     )
 

@@ -189,8 +189,9 @@ def to_jsonl(examples: Sequence[Example]) -> bytes:
 
 
 def root_question(example: Example) -> str:
-    """The first question of the conversation: what the examples of one tree have in common."""
-    return example.prompt.history[0].text if example.prompt.history else example.prompt.question
+    """The first question of the conversation, whoever spoke before: what the examples of one tree have in common."""
+    asked = (utterance.text for utterance in example.prompt.history if utterance.speaker == "User")
+    return next(asked, example.prompt.question)
 
 
 def split_by_tree(

@@ -1,7 +1,7 @@
 """Figures of a model's answers: repetition, stock follow-ups, confidences. Plain text in, numbers out.
 
-Each figure is a share in [0, 1], or None where there is nothing to count. They are over valid answers; how many are
-valid is a figure of its own.
+A figure is a share in [0, 1], or None where there is nothing to count; Kendall's tau is in [-1, 1], the Brier score in
+[0, 2]. They are over valid answers; how many are valid is a figure of its own.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def brier_score(confidences: Sequence[float], followed: int) -> float:
     return sum((value / total - (i == followed)) ** 2 for i, value in enumerate(confidences))
 
 
-def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> float:
+def kendall_tau(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Kendall's tau-a of two sequences of numbers: 1 for the same order, -1 for the reverse (Kendall 1938)."""
     pairs = [(i, j) for i in range(len(ours)) for j in range(i)]
     signs = [(ours[i] - ours[j]) * (theirs[i] - theirs[j]) for i, j in pairs]

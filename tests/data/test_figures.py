@@ -31,10 +31,10 @@ def test_nothing_to_count_is_none():
         assert figure([]) is None
 
 
-def test_brier_score_and_rank_agreement():
+def test_brier_score_and_kendalls_tau():
     assert figures.brier_score((1.0, 0.0, 0.0), 0) == 0
     assert figures.brier_score((0.5, 0.5, 0.0), 2) == pytest.approx(0.25 + 0.25 + 1)
     assert figures.brier_score((2.0, 1.0, 1.0), 0) == pytest.approx(0.25 + 2 * 0.0625)  # scaled to the sum 1
-    assert figures.rank_agreement((3, 2, 1), (0.9, 0.5, 0.1)) == 1
-    assert figures.rank_agreement((1, 2, 3), (0.9, 0.5, 0.1)) == -1
-    assert figures.rank_agreement((1, 1, 1), (0.9, 0.5, 0.1)) == 0
+    assert figures.kendall_tau((3, 2, 1), (0.9, 0.5, 0.1)) == 1
+    assert figures.kendall_tau((1, 2, 3), (0.9, 0.5, 0.1)) == -1
+    assert figures.kendall_tau((1, 1, 1), (0.9, 0.5, 0.1)) == 0
