@@ -81,7 +81,7 @@ def audit(
     """
     tokenizer = load_tokenizer(folder)
     check_control_tokens(tokenizer)
-    rows = _rows(folder)
+    rows = _num_embeddings(folder)
     _check_examples(tokenizer, rows, PROBES, encode_examples(tokenizer, PROBES))
     _check_typed_tokens(tokenizer)
     found = fingerprint(tokenizer)
@@ -127,7 +127,7 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         raise _failed(problem, GIVE_TOKENS)
 
 
-def _rows(folder: Path) -> int | None:
+def _num_embeddings(folder: Path) -> int | None:
     """How many token ids the model of a folder has embeddings for; None without a config, or when it does not say."""
     if not (folder / "config.json").is_file():
         return None
