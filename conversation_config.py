@@ -268,7 +268,7 @@ def path_from_anywhere(name: str) -> str:
 def folder_and_rest(name: str) -> tuple[str, str] | None:
     """A data set's folder and what stands after its colon, as in `folder:train[:10%]`; None for any other name."""
     for i, character in enumerate(name):
-        if character == ":" and name[i + 1 :] and Path(name[:i]).is_dir():
+        if i and character == ":" and name[i + 1 :] and Path(name[:i]).is_dir():
             return name[:i], name[i + 1 :]
     return None
 
@@ -292,7 +292,8 @@ def hub_settings(environ: Mapping[str, str]) -> list[str]:
     for name, value in sorted(environ.items()):
         if not value or not _OF_THE_HUB.fullmatch(name) or _NOT_OF_THE_NETWORK.fullmatch(name):
             continue
-        found.append(f"{name}=..." if "TOKEN" in name else f"{name}={re.sub('//[^/@]*@', '//...@', value)[:100]}")
+        hidden = "..." if "TOKEN" in name else re.sub(r"//[^/\s]*@", "//...@", value)[:100]
+        found.append(f"{name}={hidden}")
     return found
 
 

@@ -16,6 +16,7 @@ Exit status: 0 all exported and verified; 1 one was refused or failed; 2 not sta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -27,10 +28,10 @@ from conversation.data.questions import THREE_CASES, read_questions
 from conversation.errors import GO_ON, TRIED_AND_FAILED, CommandLine, UserError, run_main
 from conversation.format.gbnf import gbnf
 from conversation.format.ollama import modelfile
+from conversation.runs.console import logged_console
 from conversation.runs.export_record import Export, ExportedFile, read_export, write_export
 from conversation.runs.files import (
     check_disk_space,
-    find_damage,
     make_folder,
     read_json,
     real_path,
@@ -65,15 +66,19 @@ def main() -> int:
         return export(args, model, args.output or model.parent / "gguf", None, None)
     run = chosen_run(args.run_dir)
     record = run.read()
-    if not record.merge:
-        raise UserError(f"there is no merged model in {shown(run.path)}", "merge it: merge_conversation_model.py")
-    if damage := find_damage(run.merged_model, record.merge.files):
-        raise UserError(f"the merged model is not the one that was verified: {damage}", "merge it again")
-    with locked_folder(run.path):  # of a published run, too: files are added to it, and nothing changed
+    with (
+        locked_folder(run.path),
+        logged_console(run.console_log),
+    ):  # of a published run, too: files are added to it, and nothing changed
         try:
-            return export(args, run.merged_model, run.exported, run, record)
-        finally:
-            write_report(run)
+            run.check_merged(record)
+            status = export(args, run.merged_model, run.exported, run, record)
+        except BaseException:
+            with contextlib.suppress(UserError):  # it must not hide the reason
+                write_report(run)  # some types may be exported
+            raise
+        write_report(run)
+    return status
 
 
 def parse_flags() -> argparse.Namespace:

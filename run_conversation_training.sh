@@ -12,7 +12,10 @@ project=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
 # shellcheck source=scripts/environment.sh
 source "$project/scripts/environment.sh"
 case " $* " in
-    *" --help "* | *" -h "*) python=$(find_python) && exec "$python" "$project/train_conversation.py" --help ;; # no .venv
+    *" --help "* | *" -h "*) # needs no .venv
+        python=$(find_python 2>/dev/null) || python=$project/.venv/bin/python
+        [ ! -x "$python" ] || exec "$python" "$project/train_conversation.py" --help
+        ;;
 esac
 python=$(cd "$project" && prepare_environment requirements.txt)
 exec "$python" "$project/train_conversation.py" "$@"

@@ -92,7 +92,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     error = first_cause(error)  # a library that loads its parts late wraps what they raise
     if isinstance(error, ModuleNotFoundError):
         return UserError(f"{error}", "use the project's environment: .venv/bin/python, which ./RETRAIN.sh makes")
-    return _library_not_loaded(error)
+    return out_of_memory(error) or _library_not_loaded(error)
 
 
 WHERE_LIBRARIES_ARE = ("PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
@@ -122,6 +122,20 @@ def _library_not_loaded(error: BaseException) -> UserError | None:
     return UserError(f"{problem}; set here: {', '.join(shown)}", "correct or unset it")
 
 
+_NO_MEMORY = re.compile(r"out of memory|CPUAllocator: can't allocate|STATUS_ALLOC_FAILED|os error 12\b")
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """The error for memory that ran out, of the machine or of its GPU; None for any other."""
+    text = str(error).strip()
+    of_torch = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"  # torch's own is the first
+    if not isinstance(error, MemoryError) and not (of_torch and _NO_MEMORY.search(text)):
+        return None
+    reason = f": {text.splitlines()[0]}" if text else ""
+    hint = "close other programs; where a GPU has too little, --device cpu"
+    return UserError(f"there is too little memory{reason}", hint, TRIED_AND_FAILED)
+
+
 def run_main(main: Callable[[], int], several_processes: bool = False, hint: str = "") -> None:
     """Run a script's `main` and exit with its status.
 
@@ -144,7 +158,9 @@ def run_main(main: Callable[[], int], several_processes: bool = False, hint: str
         try:
             status = main()
         except SystemExit as end:  # --help
-            status = end.code if isinstance(end.code, int) else 0
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
         _flush_output()
         sys.exit(status)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Convert conversation trees to training lines: `python -m scripts.examples data/conversation_trees examples.jsonl`."""
+"""Convert conversation trees to training lines: `python -m scripts.examples expert examples.jsonl`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from conversation.data.examples import read_training_data, to_jsonl
 from conversation.data.statistics import count_structure
 from conversation.errors import CommandLine, run_main
 from conversation.runs.files import write_atomically
-from conversation_config import names_in
+from conversation_config import DATA_SETS, names_in
 
 
 def main() -> int:
     parser = CommandLine(__doc__, prog="scripts.examples")
-    parser.add_argument("training_data", type=Path, help="folder of conversation trees, or JSONL file")
+    parser.add_argument("training_data", help=f"what --training_data takes: {', '.join(DATA_SETS)}, a folder, a file")
     parser.add_argument("output", type=Path, help="the JSONL file to write")
     parser.add_argument("--domains", default="", help="only these domains of the trees, separated by commas")
     args = parser.parse_args()
-    examples = read_training_data(args.training_data, names_in(args.domains))
+    paths = DATA_SETS.get(args.training_data, (Path(args.training_data),))
+    examples = read_training_data(paths, names_in(args.domains))
     write_atomically(args.output, to_jsonl(examples))
     for name, value in dataclasses.asdict(count_structure(examples)).items():
         print(f"{name.replace('_', ' '):20} {value}")

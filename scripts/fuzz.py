@@ -20,8 +20,9 @@ import atheris
 
 with atheris.instrument_imports(include=["conversation"]):
     from conversation.data.examples import parse_line, read_jsonl, to_jsonl
+    from conversation.data.rows import OtherColumns
     from conversation.data.trees import TreeError, parse_tree, read_trees
-    from conversation.errors import UserError
+    from conversation.errors import UnusableData, UserError
     from conversation.format import strict_json
     from conversation.format.chat_messages import FieldError
     from conversation.format.control_tokens import CONTROL_PATTERN
@@ -85,7 +86,7 @@ def as_text(data: bytes) -> str:
 TEXT_TARGETS = (check_answer, check_example, check_line)
 BYTES_TARGETS = (check_tree, check_file, lambda data: strict_json.loads(strict_json.decode_utf8(data)))
 TARGETS = 3 * TEXT_TARGETS + BYTES_TARGETS  # an input's first byte chooses; the slower ones come less often
-EXPECTED = (FormatError, FieldError, TreeError, UserError, ValueError)
+EXPECTED = (FormatError, FieldError, OtherColumns, TreeError, UnusableData, UserError, ValueError)
 
 
 def one_input(data: bytes) -> None:

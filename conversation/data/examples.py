@@ -195,8 +195,9 @@ def evenly_spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def root_question(example: Example) -> str:
-    """The first question of the conversation: what the examples of one tree have in common."""
-    return example.prompt.history[0].text if example.prompt.history else example.prompt.question
+    """The first question of the conversation, whoever spoke before: what the examples of one tree have in common."""
+    asked = (utterance.text for utterance in example.prompt.history if utterance.speaker == "User")
+    return next(asked, example.prompt.question)
 
 
 def split_by_tree(

@@ -35,7 +35,7 @@ def cause(error: BaseException) -> str:
     if "outgoing traffic has been disabled" in text or "offline mode" in text.lower():
         return "offline mode"
     lines = text.splitlines()
-    line = re.sub(r"//[^/@\s]*@", "//...@", lines[0] if lines else "").rstrip(".")
+    line = re.sub(r"//[^/\s]*@", "//...@", lines[0] if lines else "").rstrip(".")
     return f"{line[:200]} ({type(error).__name__})" if line else type(error).__name__
 
 

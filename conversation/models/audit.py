@@ -28,7 +28,7 @@ from conversation.models.tokenizer import (
     id_of,
     load_tokenizer,
 )
-from conversation.runs.files import read_json
+from conversation.models.weights import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def audit(
     """
     tokenizer = load_tokenizer(folder)
     check_control_tokens(tokenizer)
-    rows = _rows(folder)
+    rows = _num_embeddings(folder)
     _check_examples(tokenizer, rows, PROBES, encode_examples(tokenizer, PROBES))
     _check_typed_tokens(tokenizer)
     found = fingerprint(tokenizer)
@@ -127,13 +127,11 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         raise _failed(problem, GIVE_TOKENS)
 
 
-def _rows(folder: Path) -> int | None:
+def _num_embeddings(folder: Path) -> int | None:
     """How many token ids the model of a folder has embeddings for; None without a config, or when it does not say."""
     if not (folder / "config.json").is_file():
         return None
-    config = read_json(folder / "config.json")
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    size = getattr(text_config(folder), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 

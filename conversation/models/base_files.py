@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conversation.errors import UserError, list_problems
 from conversation.models.tokenizer import tokenizer_files
-from conversation.models.weights import INDEX, tied_but_different, weight_files
+from conversation.models.weights import INDEX, load_config, tied_but_different, weight_files
 from conversation.runs.files import read_json
 
 
@@ -54,6 +54,23 @@ def _config_problems(folder: Path) -> Iterator[tuple[str, str]]:
         yield "names another file of weights in config.json: transformers_weights", "call it model.safetensors"
     if config.get("quantization_config"):
         yield "has quantized weights", "take the model that was not quantized: training and merging are in FP32"
+    if parts := _other_parts(folder):
+        problem = f"is not a model of text alone: its config.json has {', '.join(parts)}"
+        yield problem, "take a base of text only, such as gemma-3-270m or gemma-3-1b-it"
     if tied_but_different(folder):
         problem = "ties its embeddings in config.json, but its weights contain two that differ"
         yield problem, "set tie_word_embeddings to false there"
+
+
+def _other_parts(folder: Path) -> list[str]:
+    """The parts of a model of text and images, or of text and sound, beside its language model; [] for text alone.
+
+    The layers of a tower have the names of the language model's, so that one's adapters would be merged into the other.
+    """
+    try:
+        config = load_config(folder)
+    except UserError:  # `load_model` says what is broken
+        return []
+    if config.get_text_config() is config:
+        return []
+    return sorted(set(config.sub_configs) - {"text_config"}) or ["text_config"]

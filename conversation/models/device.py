@@ -39,7 +39,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """What NVIDIA's driver says of a card. `capability` and `cuda` (the newest CUDA it supports): (major, minor)."""
 
     name: str
@@ -82,7 +82,7 @@ def choose_device(wanted: str | None) -> Device:
         return Device("cuda", _usable_card())
     cards = list(_cards())
     hidden = os.environ.get(HIDDEN)
-    if cards and hidden is not None and torch.version.cuda:
+    if cards and hidden is not None and torch.version.cuda and _hides_all(hidden, len(cards)):
         return _hidden_card(cards, hidden, wanted)
     if cards:
         problem, remedy = _why_not(cards[0])
@@ -115,12 +115,12 @@ def _usable_card() -> str:
         capability = torch.cuda.get_device_capability(number)
         raise UserError(
             f"the card {name} cannot be used: {_architecture_problem(capability)}",
-            f"{_remedy(Card(name, '', _cuda_of_driver(), capability))}; or {ON_THE_CPU}",
+            f"{_remedy(Gpu(name, '', _cuda_of_driver(), capability))}; or {ON_THE_CPU}",
         ) from None
     return f"{name}, {'card ' + str(number) + ' of ' + str(cards) + ', ' if cards > 1 else ''}torch {torch.__version__}"
 
 
-def _hidden_card(cards: list[Card], hidden: str, wanted: str | None) -> Device:
+def _hidden_card(cards: list[Gpu], hidden: str, wanted: str | None) -> Device:
     """The CPU, where the variable asks for it. Raises UserError where it names no card that is here."""
     if hidden.strip().lower() in NO_CARD and wanted is None:
         return Device("cpu", f"{HIDDEN}={hidden} hides {_said(cards[0])}")
@@ -130,7 +130,13 @@ def _hidden_card(cards: list[Card], hidden: str, wanted: str | None) -> Device:
     )
 
 
-def _why_not(card: Card) -> tuple[str, str]:
+def _hides_all(hidden: str, cards: int) -> bool:
+    """Whether the variable leaves none of the cards: CUDA takes those before the first that it does not know."""
+    first = hidden.split(",")[0].strip()
+    return not (first.isdecimal() and int(first) < cards) and not first.lower().startswith(("gpu-", "mig-"))
+
+
+def _why_not(card: Gpu) -> tuple[str, str]:
     """Why torch cannot use a card that the driver shows, and what to do."""
     import torch
 
@@ -142,7 +148,9 @@ def _why_not(card: Card) -> tuple[str, str]:
         return f"{problem} CUDA {build}", _remedy(card)
     if card.capability and f"sm_{card.capability[0]}{card.capability[1]}" not in torch.cuda.get_arch_list():
         return _architecture_problem(card.capability), _remedy(card)
-    return f"torch {torch.__version__} (CUDA {build}) gives no reason; {_said_by_torch()}", "restart the machine"
+    return f"torch {torch.__version__} (CUDA {build}) gives no reason; {_said_by_torch()}", (
+        f"unset {HIDDEN}, or restart the machine" if HIDDEN in os.environ else "restart the machine"
+    )
 
 
 def _said_by_torch() -> str:
@@ -166,7 +174,7 @@ def _architecture_problem(capability: tuple[int, int]) -> str:
     )
 
 
-def _remedy(card: Card) -> str:
+def _remedy(card: Gpu) -> str:
     """The command that installs a torch for a card and its driver; the driver to install, where none fits."""
     import torch
 
@@ -185,14 +193,14 @@ def _remedy(card: Card) -> str:
 # --- which cards there are, whatever torch says ---------------------------------------------------------------------
 
 
-def _cards() -> Iterator[Card]:
+def _cards() -> Iterator[Gpu]:
     """NVIDIA's cards as their driver shows them."""
     query = _smi("--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader")
     cuda = _cuda_of_driver() if query else None
     for line in query.splitlines():
         fields = [field.strip() for field in line.split(",")]
         if len(fields) == 3:
-            yield Card(fields[0], fields[1], cuda, _pair(fields[2]))
+            yield Gpu(fields[0], fields[1], cuda, _pair(fields[2]))
 
 
 def _cuda_of_driver() -> tuple[int, int] | None:
@@ -233,7 +241,7 @@ def _no_card() -> str:
     return "no card that CUDA can use"
 
 
-def _said(card: Card) -> str:
+def _said(card: Gpu) -> str:
     return f"the card {card.name}"
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from conversation.errors import UserError
 from conversation.format import calls
 from conversation.models.llama_cpp import quantize
+from conversation.models.weights import text_config
 from conversation.runs.files import read_json, shown
 from conversation_config import EXPORT_TYPES
 
@@ -92,8 +93,7 @@ class MergedWeights:
     """
 
     def __init__(self, folder: Path):
-        config = read_json(folder / "config.json")
-        self.config: dict[str, Any] = config.get("text_config") or config
+        self.config: dict[str, Any] = text_config(folder).to_dict()
         if self.config.get("model_type") != "gemma3_text":
             raise UserError(
                 f"only Gemma 3 is exported, and {shown(folder)} is {self.config.get('model_type')!r}",
@@ -116,12 +116,11 @@ class MergedWeights:
 
     def _check_config(self) -> None:
         config = self.config
-        kinds = config.get("layer_types") or []
         expected = [
             "full_attention" if i % SWA_PERIOD == SWA_PERIOD - 1 else "sliding_attention" for i in range(self.layers)
         ]
         problems = []
-        if kinds != expected:
+        if config["layer_types"] != expected:
             problems.append("its layers do not attend to all in every sixth layer")
         if config.get("query_pre_attn_scalar") != config.get("head_dim"):
             problems.append("its attention is scaled otherwise")
@@ -170,13 +169,16 @@ def _nbytes(kind: Type, shape: tuple[int, ...]) -> int:
 
 
 def write_gguf(weights: MergedWeights, export: ExportType, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the model as a GGUF file. `metadata`: further keys and their texts. Raises OSError when it cannot."""
+    """Write the model as a GGUF file. `metadata`: further keys and their texts.
+
+    Raises UserError for a tokenizer of another kind or a type that cannot be quantized, OSError when it cannot write.
+    """
     writer = gguf.GGUFWriter(path, "gemma3")
     try:
         _write_config(writer, weights.config)
         writer.add_file_type(export.file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _write_tokenizer(writer, weights.folder)
+        _write_tokenizer(writer, weights.folder, weights.config["vocab_size"])
         template = (weights.folder / "chat_template.jinja").read_text(encoding="utf-8")
         writer.add_chat_template(tolerant_chat_template(template))
         writer.add_base_model_count(sum(key == "general.base_model.0.name" for key in metadata))
@@ -224,8 +226,11 @@ def _write_config(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
-    """The vocabulary of tokenizer.json: a byte-fallback BPE in Gemma's manner. Raises UserError for another kind."""
+def _write_tokenizer(writer: gguf.GGUFWriter, folder: Path, embeddings: int) -> None:
+    """The vocabulary of tokenizer.json, filled up to the number of `embeddings`: a byte-fallback BPE in Gemma's manner.
+
+    Raises UserError for another kind.
+    """
     content = read_json(folder / "tokenizer.json")
     model = content["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
@@ -246,8 +251,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
         tokens.append(name.encode())
         kinds.append(kind)
     kinds[_id_of(names, model.get("unk_token"))] = gguf.TokenType.UNKNOWN
-    rows = read_json(folder / "config.json")
-    missing = (rows.get("text_config") or rows)["vocab_size"] - len(tokens)
+    missing = embeddings - len(tokens)
     tokens += [f"<unused-{len(tokens) + number}>".encode() for number in range(missing)]
     kinds += [gguf.TokenType.UNUSED] * missing
     writer.add_tokenizer_model("llama")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversation.errors import UserError
+from conversation.errors import UserError, out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,8 @@ def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except Exception as error:  # the library raises whatever its parsers raise
+        if no_memory := out_of_memory(error):
+            raise no_memory from None
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} cannot be read as a model in GGUF: {reason[0]}", "fetch it again") from None
     if hasattr(loaded.config, "quantization_config"):  # traces of the quantization make `save_pretrained` fail

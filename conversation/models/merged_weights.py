@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,20 @@ class Change:
 
 
 def changes_of(model: PeftModel) -> dict[str, Change]:
-    """The change of each adapted weight, by the weight's name from its layer on."""
-    changes = {}
+    """The change of each adapted weight, by the weight's name from its layer on.
+
+    Raises UserError when two have one name: they would be merged into one another.
+    """
+    changes: dict[str, Change] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module.lora_A:
             (adapter,) = module.active_adapters
             pair: list[Any] = [module.lora_A[adapter], module.lora_B[adapter]]
             a, b = (layer.weight.detach().cpu() for layer in pair)
-            changes[_from_the_layer(f"{name}.weight")] = Change(a, b, module.scaling[adapter])
+            weight = _from_the_layer(f"{name}.weight")
+            if weight in changes:
+                raise UserError(f"two adapted weights of the base are called {weight}", "take a base of text only")
+            changes[weight] = Change(a, b, module.scaling[adapter])
     return changes
 
 
@@ -63,8 +70,11 @@ def write_merged(base_folder: Path, folder: Path, changes: dict[str, Change], ti
         for name in _names_in(path)
         if not (tied and name.endswith("lm_head.weight"))
     }
-    if unknown := changes.keys() - {_from_the_layer(name) for name in places}:
-        raise UserError(f"the base has no weight {sorted(unknown)[0]}, which the adapters change", "")
+    found = Counter(map(_from_the_layer, places))
+    for name in sorted(changes):
+        if found[name] != 1:
+            many = "two weights" if found[name] else "no weight"
+            raise UserError(f"the base has {many} {name}, which the adapters change", "merge them into their own base")
     shards = _shards(places)
     weight_map, total = {}, 0
     for number, names in enumerate(shards, 1):

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
-from conversation.errors import TRIED_AND_FAILED, UserError
+from conversation.errors import TRIED_AND_FAILED, UserError, out_of_memory
 from conversation.format.calls import Prompt
 from conversation.format.control_tokens import END_OF_TURN
 from conversation.models.chat_format import write_chat_format
@@ -62,7 +62,7 @@ def merge(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
-        bos_token_id=model.config.bos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_of_turn,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -99,6 +99,8 @@ def _with_adapters(base_folder: Path, adapters: Path) -> PeftModel:
             .to(training_device())
         )
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if no_memory := out_of_memory(error):
+            raise no_memory from None
         problem = str(error).splitlines()[0]
         raise UserError(
             f"the adapters in {adapters} do not fit the base model in {base_folder}: {problem}",
@@ -144,12 +146,13 @@ def _verify(
         untied = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
         if untied or any(name.startswith("lm_head") for name in on_disk):
             raise UserError("the merged model's embeddings are no longer tied", "", TRIED_AND_FAILED)
-    difference, largest, equal = 0.0, 0.0, True
+    differences, sizes, equal = [0.0], [0.0], True
     for ids, (logits, continuation) in zip(prompt_ids, expected, strict=True):
         found_logits, found_continuation = _observe(model, ids, end_of_turn)
-        difference = max(difference, (found_logits - logits).abs().max().item())
-        largest = max(largest, logits.abs().max().item())
+        differences.append((found_logits - logits).abs().max().item())
+        sizes.append(logits.abs().max().item())
         equal = equal and found_continuation == continuation
+    difference, largest = (torch.tensor(each).max().item() for each in (differences, sizes))  # NaN stays, not in max()
     if not difference <= LOGIT_TOLERANCE * largest or not equal:
         raise UserError(
             f"the merged model is not base + adapters: logits differ by up to {difference:.2e} of {largest:.1f}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import sys
@@ -45,7 +46,7 @@ def cached_model(
                 return folder
             print(f"the cached {what} is made again: {problem}", file=sys.stderr)
             shutil.rmtree(folder)
-        for leftover in cache.glob(f"{folder.name}.*.part"):
+        for leftover in cache.glob(f"{glob.escape(folder.name)}.*.part"):
             shutil.rmtree(leftover)
         check_disk_space(cache, needed_bytes, f"preparing the {what}")
         part = cache / f"{folder.name}.{os.getpid()}.part"

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -46,40 +45,51 @@ def save_with_control_tokens(
     New tokens, and those in `untrained`, start from the mean embedding of the words in their names (`centred`: see
     `_start_embedding`).
     """
-    tokenizer.save_pretrained(folder)
-    with contextlib.suppress(OSError):
-        (folder / "chat_template.jinja").unlink()
+    tokenizer, new = _with_control_tokens(tokenizer, folder)
+    new += _with_padding(tokenizer, model)
+    _save_tokenizer(tokenizer, folder)
+    remove_prefix_space(folder)
+    needed = max(tokenizer.get_vocab()[token] for token in (*new, *FORMAT_TOKENS)) + 1
+    if needed > cast("nn.Embedding", model.get_input_embeddings()).num_embeddings:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    tokenizer = load_tokenizer(folder)
+    for token in (*new, *untrained):
+        _start_embedding(model, tokenizer, token, centred)
+    model.save_pretrained(folder)
+
+
+def _with_control_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The tokenizer with all control tokens, and those that it lacked. `folder`: where it is or may be written."""
     added = control_ids(tokenizer).values()
     missing = [token for token in CONTROL_TOKENS if token not in added and token in FUNCTION_GEMMA_IDS]
     names = {FUNCTION_GEMMA_IDS[token]: token for token in missing}
     unused = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in names if i < len(tokenizer)}
     if missing and all(unused.get(i, "").startswith("<unused") for i in names):
+        _save_tokenizer(tokenizer, folder)
         _rename_tokens(folder, {unused[i]: token for i, token in names.items()})
         tokenizer = load_tokenizer(folder)
     elif missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-    changed = bool(missing)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == id_of(tokenizer, END_OF_TURN):
-        taken = tokenizer.get_vocab()
-        pad = next((token for token in PADDING if token in taken), PADDING[0])
-        tokenizer.add_special_tokens({"pad_token": pad})
-        missing += [] if pad in taken else [pad]
-        changed = True
-        model.config.pad_token_id = tokenizer.pad_token_id
-        if model.generation_config is not None:
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if changed:
-        tokenizer.save_pretrained(folder)
-        with contextlib.suppress(OSError):
-            (folder / "chat_template.jinja").unlink()
-    needed = max(tokenizer.get_vocab()[token] for token in (*missing, *FORMAT_TOKENS)) + 1
-    if needed > cast("nn.Embedding", model.get_input_embeddings()).num_embeddings:
-        model.resize_token_embeddings(needed, mean_resizing=False)
-    remove_prefix_space(folder)
-    renamed = load_tokenizer(folder)
-    for token in (*missing, *untrained):
-        _start_embedding(model, renamed, token, centred)
-    model.save_pretrained(folder)
+    return tokenizer, missing
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
+    """Give the tokenizer and the model's config a padding token that ends no turn. Returns it where it is new."""
+    if tokenizer.pad_token_id not in (None, id_of(tokenizer, END_OF_TURN)):
+        return []
+    taken = tokenizer.get_vocab()
+    pad = next((token for token in PADDING if token in taken), PADDING[0])
+    tokenizer.add_special_tokens({"pad_token": pad})
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return [] if pad in taken else [pad]
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer without its chat template: the format has its own."""
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def _rename_tokens(folder: Path, names: dict[str, str]) -> None:

@@ -7,14 +7,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversation.errors import UserError, list_problems
+from conversation.errors import UserError, list_problems, out_of_memory
 from conversation.runs.files import read_json, sha256_file
 from conversation.runs.record import BaseIdentity
 from conversation_config import LORA_TARGETS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 INDEX = "model.safetensors.index.json"
 
@@ -76,12 +75,30 @@ def tied_but_different(folder: Path) -> bool:
         return False  # `load_model` says what is broken
     if found[0].shape == found[1].shape and bool((found[0] == found[1]).all()):
         return False
+    try:
+        return bool(text_config(folder).tie_word_embeddings)
+    except UserError:  # `load_model` says what is broken
+        return False
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """A model folder's config as the library reads it. Raises UserError when it cannot."""
     from transformers import AutoConfig
 
     try:
-        return bool(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().tie_word_embeddings)
-    except Exception:  # the library raises whatever its parsers raise; `load_model` says what is broken
-        return False
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises whatever its parsers and validators raise
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}", "fetch or make the model again") from None
+    return config
+
+
+def text_config(folder: Path) -> PreTrainedConfig:
+    """The part of a model's config that is about its language model. Raises UserError as `load_config` does.
+
+    Not the file's own keys: earlier versions wrote others (`rope_theta`, not `rope_parameters`; no `layer_types`), and
+    what equals a default may be left out.
+    """
+    return load_config(folder).get_text_config()
 
 
 def weights_hash(folder: Path) -> str:
@@ -119,6 +136,8 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
             output_loading_info=True,  # returns a pair, against the library's annotation
         )
     except Exception as error:  # the library raises whatever its parsers and validators raise
+        if no_memory := out_of_memory(error):
+            raise no_memory from None
         raise UserError(f"the model in {folder} cannot be loaded: {error}", "fetch or make it again") from None
     model, info = loaded
     for problem in ("missing", "mismatched"):

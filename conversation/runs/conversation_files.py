@@ -52,14 +52,13 @@ class ConversationFiles:
         for path in self._folder.glob("*.json"):
             with contextlib.suppress(NotThere, UserError):
                 document, conversation = self._read(path.stem)
-                changed = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="milliseconds")
                 lines.append(
                     {
                         "id": conversation.id,
                         "title": conversation.title,
                         "nodes": len(conversation.nodes),
                         "revision": conversation.revision,
-                        "changed": document.get("changed", changed),
+                        "changed": document["changed"] if "changed" in document else _changed(path),
                     }
                 )
         return sorted(lines, key=lambda line: str(line["changed"]), reverse=True)
@@ -114,10 +113,10 @@ class ConversationFiles:
         make_folder(folder, "name another with --data_dir")
         path = folder / f"{made.tree.name}.json"
         with self._locked():
+            write_atomically(path, made.data)
             for old in folder.glob(f"*_{identifier[:8]}.json"):  # its first question may have changed
                 if old != path:
                     old.unlink()
-            write_atomically(path, made.data)
             others, broken = _readable_trees(folder, path)
         return path, made, [*made.warnings, *remarks(made.tree, others), *broken]
 
@@ -161,6 +160,14 @@ class ConversationFiles:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _changed(path: Path) -> str:
+    """When a file was changed. Raises NotThere when it is deleted meanwhile."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="milliseconds")
+    except FileNotFoundError:
+        raise NotThere("there is no conversation of this id") from None
 
 
 def _with_picked(document: Document, kept: Conversation) -> Document:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from conversation.errors import UserError
-from conversation.runs.files import read_json, write_json
+from conversation.runs.files import read_value, write_json
 from conversation.runs.record import from_json
 
 
@@ -111,7 +111,4 @@ def read_evaluation(path: Path) -> Evaluation | None:
     """evaluation.json, or None where there is none. Raises UserError when it is broken."""
     if not path.exists():
         return None
-    try:
-        return from_json(Evaluation, read_json(path))
-    except ValueError as error:
-        raise UserError(f"{path} is broken: {error}", "evaluate_conversation_model.py writes it again") from None
+    return read_value(path, partial(from_json, Evaluation), "evaluate_conversation_model.py writes it again")

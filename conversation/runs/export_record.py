@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from conversation.errors import UserError
-from conversation.runs.files import read_json, write_json
+from conversation.runs.files import read_value, write_json
 from conversation.runs.record import from_json
 
 PREFERRED = ("q8_0", "q5_1", "f16", "f32", "q4_k_m")
@@ -78,7 +78,4 @@ def read_export(path: Path) -> Export | None:
     """export.json, or None where there is none. Raises UserError when it is broken."""
     if not path.exists():
         return None
-    try:
-        return from_json(Export, read_json(path))
-    except ValueError as error:
-        raise UserError(f"{path} is broken: {error}", "remove it, and export again") from None
+    return read_value(path, partial(from_json, Export), "remove it, and export again")

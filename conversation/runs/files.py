@@ -8,13 +8,15 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from conversation.errors import TRIED_AND_FAILED, UserError
 from conversation.format import strict_json
 from conversation_config import PROJECT
 
+T = TypeVar("T")
 OLD = ".old.part"
 LARGE = 2**26  # bytes; to read so large a file takes longer than a tick of the system's clock
 
@@ -142,6 +144,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is broken: not a JSON object")
     return value
+
+
+def read_value(path: Path, parse: Callable[[dict[str, Any]], T], hint: str) -> T:
+    """What `parse` makes of the JSON object in a file of ours.
+
+    Raises UserError that names the file, with this hint, when it is no such value: when `parse` raises ValueError.
+    """
+    value = read_json(path)
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise UserError(f"{path} is broken: {error}", hint) from None
 
 
 def sha256_file(path: Path) -> str:

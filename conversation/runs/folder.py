@@ -27,7 +27,7 @@ from conversation.runs.console import logged_console
 from conversation.runs.files import (
     find_damage,
     make_folder,
-    read_json,
+    read_value,
     real_path,
     sha256_file,
     shown,
@@ -41,6 +41,8 @@ from conversation_config import TRAINING_RUNS
 ATTEMPTS = "attempts"
 ATTEMPT_NAME = "????-??-??_??-??-??*"
 RUN_NAME = "????-??-??*"  # not example-...
+
+_made: set[Path] = set()  # the folders that this process has made
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class RunFolder:
             shutil.rmtree(part.path)
             self.check_unused()  # another process was faster
             raise
+        _made.add(self.path)
 
     def read(self) -> RunRecord:
         """run.json. Raises UserError when it is missing or broken."""
@@ -156,13 +159,7 @@ class RunFolder:
             raise UserError(
                 f"{shown(self.path)} is not a run folder: it has no run.json", "train_conversation.py makes one"
             )
-        value = read_json(self.run_json)
-        try:
-            return RunRecord.from_json(value)
-        except ValueError as error:
-            raise UserError(
-                f"{self.run_json} is broken: {error}", "bring it back from a backup, or start a new run"
-            ) from None
+        return read_value(self.run_json, RunRecord.from_json, "bring it back from a backup, or start a new run")
 
     def write(self, record: RunRecord) -> None:
         write_atomically(self.run_json, record.to_json())
@@ -204,11 +201,7 @@ class RunFolder:
 
     def read_tests(self) -> AnswersReport:
         """structural_tests.json. Raises UserError when it is missing or broken."""
-        value = read_json(self.structural_tests)
-        try:
-            return AnswersReport.from_json(value)
-        except ValueError as error:
-            raise UserError(f"{self.structural_tests} is broken: {error}", "test the model again") from None
+        return read_value(self.structural_tests, AnswersReport.from_json, "test the model again")
 
     def write_tests(self, report: AnswersReport) -> AnswersResult:
         """Write structural_tests.json; return its summary for run.json."""
@@ -225,13 +218,29 @@ class RunFolder:
         Raises UserError when the folder is no run, when the run is published, and when another process works in it.
         """
         self.read_unpublished()  # before the lock file is made
-        with locked_folder(self.path), logged_console(self.console_log):
-            try:
-                yield self.read_unpublished()
-            except UserError as error:
-                if new and error.exit_status == NOT_STARTED:
-                    shutil.rmtree(self.path)
-                raise
+        refused = False
+        try:
+            with locked_folder(self.path), logged_console(self.console_log):
+                try:
+                    yield self.read_unpublished()
+                except UserError as error:
+                    refused = new and error.exit_status == NOT_STARTED
+                    raise
+        finally:
+            if refused:  # its files are closed now, as NFS needs it
+                self._remove()
+
+    def _remove(self) -> None:
+        """Remove the folder; only what is in it, where it was there before `create`. What cannot be removed stays."""
+        if self.path in _made:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 # --- which run ------------------------------------------------------------------------------------------------------

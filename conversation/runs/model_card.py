@@ -12,12 +12,13 @@ from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.files import write_atomically
 from conversation.runs.folder import RunFolder
 from conversation.runs.record import RunRecord
-from conversation_config import DATA_SETS, STAND_IN
+from conversation_config import DATA_SETS, PROJECT, STAND_IN
 
 CARD = "README.md"
 EVALUATED = {"valid": "accuracy", "right_of_five": "accuracy", "answer_relevance": "cosine_similarity"}
 """The figures of an evaluation that a card tells, and the hub's types of them."""
 STAND_IN_ORIGIN = "google/gemma-3-270m"  # on the hub; the stand-in is a 4-bit quantization of it
+_OF_A_FILE = re.compile(r"\.(jsonl?|txt|csv|parquet|gz|zip|gguf|safetensors)$", re.IGNORECASE)
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 
@@ -74,7 +75,10 @@ def hub_name(name: str) -> str | None:
     if name == STAND_IN:
         return STAND_IN_ORIGIN
     found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?(:\S+)?", name)
-    return found[1] if found and not Path(found[1]).exists() else None
+    if not found or _OF_A_FILE.search(found[1]):
+        return None
+    # A name relative to the project is what a run has that was started there; its report may be written elsewhere.
+    return None if any((root / found[1]).exists() for root in (Path.cwd(), PROJECT)) else found[1]
 
 
 def _title(record: RunRecord) -> str:

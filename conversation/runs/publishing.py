@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import errno
 import os
 import shutil
@@ -13,7 +15,7 @@ from pathlib import Path
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main
 from conversation.runs import report
 from conversation.runs.files import cannot_write, find_damage, make_folder, remove_leftovers, shown, write_atomically
-from conversation.runs.folder import ATTEMPT_NAME, ATTEMPTS, RunFolder, free_name
+from conversation.runs.folder import ATTEMPT_NAME, ATTEMPTS, RUN_NAME, RunFolder, free_name
 from conversation.runs.lock import lock_file, locked_folder
 from conversation.runs.record import RunRecord, now
 from conversation_config import TRAINING_RUNS
@@ -59,12 +61,24 @@ def attempt_to_resume(root: Path = TRAINING_RUNS) -> RunFolder | None:
     Raises UserError when there has been none.
     """
     attempt = newest_attempt(root)
-    if attempt is None and not (root / LATEST).exists():
-        raise UserError("there is no attempt to resume", "begin one: ./RETRAIN.sh")
     if attempt is None:
-        latest = f"{shown(root)}/{LATEST}"
-        print(f"Nothing to resume: no attempt is under way, the last published run is {latest}")
+        last = _last_published(root)
+        if last is None:
+            raise UserError("there is no attempt to resume", "begin one: ./RETRAIN.sh")
+        print(f"Nothing to resume: no attempt is under way, the last published run is {shown(root)}/{last}")
     return attempt
+
+
+def _last_published(root: Path) -> str | None:
+    """The name of the run that was published last: `latest`, or where the file system has no links, the run's own."""
+    if (root / LATEST).exists():
+        return LATEST
+    published: list[tuple[datetime.datetime, str]] = []
+    for path in root.glob(f"{RUN_NAME}/run.json"):
+        with contextlib.suppress(UserError):
+            if time_of := RunFolder(path.parent).read().published:
+                published.append((datetime.datetime.fromisoformat(time_of), path.parent.name))
+    return max(published)[1] if published else None
 
 
 def publish(attempt: RunFolder, root: Path) -> RunFolder:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Callable
+from typing import TypeVar
 
 from conversation.errors import UserError
 from conversation.runs.comparison import draw_evaluation, figures_table
@@ -17,6 +19,8 @@ from conversation.runs.model_card import write_model_cards
 from conversation.runs.record import AnswersReport, RunRecord
 from conversation_config import flags_of
 
+T = TypeVar("T")
+_MARKS = re.compile(r"[\\`*|~\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # inside a word, as in run_dir, _ marks nothing
 STOPS_HERE = "⟦stops being valid here⟧"
 
 
@@ -24,7 +28,7 @@ def write_report(run: RunFolder) -> None:
     """Draw loss_curve.png, write report.md and the models' cards from the current files of the run folder."""
     record = run.read()
     draw_loss_curve(run.read_metrics(), record.config.loss_on, run.loss_curve)
-    tests = run.read_tests() if record.structural_tests else None
+    tests = _or_reason(run.read_tests) if record.structural_tests else None
     parts = [
         f"# Training run of {record.started[:10]}",
         _overview(record),
@@ -46,14 +50,21 @@ def write_report(run: RunFolder) -> None:
     write_model_cards(run)
 
 
+def _or_reason(read: Callable[[], T]) -> T | str:
+    """What is read from a stage's file; for one that is broken, which must not prevent the report, a sentence on it."""
+    try:
+        return read()
+    except UserError as error:
+        return f"Not shown: {_plain(str(error))}."
+
+
 def _evaluation(run: RunFolder, record: RunRecord) -> list[str]:
     """The section on evaluation.json, with its plot drawn; empty where the run's present model is not evaluated."""
-    try:
-        evaluation = read_evaluation(run.evaluation) if record.merge else None
-    except UserError as error:  # it must not prevent the report
-        return ["## What the answers are worth", f"Not shown: {_plain(str(error))}."]
+    evaluation = _or_reason(lambda: read_evaluation(run.evaluation)) if record.merge else None
     if evaluation is None:
         return []
+    if isinstance(evaluation, str):
+        return ["## What the answers are worth", evaluation]
     draw_evaluation(evaluation, run.evaluation_plot)
     asked = f"{len(evaluation.answers)} questions of the evaluation, {evaluation.decoding} decoding"
     return [
@@ -67,7 +78,9 @@ def _evaluation(run: RunFolder, record: RunRecord) -> list[str]:
 
 def _export(run: RunFolder, record: RunRecord) -> list[str]:
     """The section on export.json; empty where nothing is exported, or where it was of an earlier merged model."""
-    export = read_export(run.export_json)
+    export = _or_reason(lambda: read_export(run.export_json)) if record.merge else None
+    if isinstance(export, str):
+        return ["## Exported for llama.cpp and Ollama", export]
     if export is None or not record.merge or export.model_files != record.merge.files:
         return []
     head = (
@@ -197,9 +210,9 @@ def _figure_values(record: RunRecord) -> dict[str, str]:
     return values
 
 
-def _tests(report: AnswersReport | None) -> str:
-    if not report:
-        return "Not tested."
+def _tests(report: AnswersReport | str | None) -> str:
+    if not isinstance(report, AnswersReport):
+        return report or "Not tested."
     parts = []
     for test in report.tests:
         verdict = "passed" if test.passed else f"FAILED: {_plain(test.problem or '')}"
@@ -214,9 +227,9 @@ def mark(output: str, position: int | None) -> str:
     return output if position is None else f"{output[:position]}{STOPS_HERE}{output[position:]}"
 
 
-def _held_out(report: AnswersReport | None) -> str:
-    if not report:
-        return "Not asked."
+def _held_out(report: AnswersReport | str | None) -> str:
+    if not isinstance(report, AnswersReport):
+        return report or "Not asked."
     rows = ["| question | valid | answer | follow-ups |", "|---|---|---|---|"]
     for asked in report.held_out:
         answer = " / ".join(asked.texts or ())
@@ -246,8 +259,9 @@ def _settings(record: RunRecord) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text on one line that Markdown shows as it is, also in the cell of a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """Text on one line that Markdown shows as it is, also in the cell of a table: no emphasis, link, image or HTML."""
+    one_line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return _MARKS.sub(r"\\\g<0>", one_line)
 
 
 def _verbatim(text: str) -> str:

@@ -186,7 +186,7 @@ def check_space_for(prepared: Prepared, folder: Path, to_be_freed: int = 0) -> N
 def print_statistics(prepared: Prepared, as_json: bool) -> None:
     """Print what is in the data; of whole tree folders also how good it is, as far as a program can tell."""
     whole_trees = all(path.is_dir() for path in data_paths(prepared.config)) and not prepared.config.domain_names
-    quality = assess(prepared.trees) if whole_trees else None
+    quality = assess(prepared.trees) if whole_trees and prepared.trees else None  # a data set's folder has none
     found = {**dataclasses.asdict(prepared.statistics), "tokenizer_fingerprint": prepared.audit.fingerprint}
     if as_json:
         print(json.dumps({**found, "quality": quality and quality.as_dict()}))

@@ -65,6 +65,7 @@ def broken(path, value):
         (broken(["nodes", "a", "fragments", 0], 1), "nodes.a.fragments"),
         (broken(["nodes", "a", "choices", 0, "confidence"], "0.5"), "nodes.a.choices[0].confidence: is not a number"),
         (broken(["nodes", "a", "choices", 0, "confidence"], float("nan")), "confidence: is not a number"),
+        (broken(["nodes", "a", "choices", 0, "confidence"], 10**400), "confidence: is not a number"),
         (broken(["nodes", "a", "picked"], [0, 1]), "nodes.a.picked: is not a list of 3"),
         (broken(["nodes", "a", "state"], "half"), 'nodes.a.state: is not one of "whole"'),
         (broken(["nodes", "a", "mark"], True), "nodes.a.mark"),

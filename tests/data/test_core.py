@@ -6,16 +6,9 @@ from collections import Counter
 from statistics import fmean
 
 import pytest
+from core_rules import confidences, opener_perplexity, rule_problems
 
-from conversation.data.core import (
-    STOCK_FORMS,
-    confidences,
-    is_stock,
-    kind_of,
-    only_stock,
-    opener_perplexity,
-    rule_problems,
-)
+from conversation.data.core import STOCK_FORMS, is_stock, kind_of, only_stock
 from conversation.data.examples import read_training_data
 from conversation.data.quality import assess, words
 from conversation.data.questions import THREE_CASES, read_held_out, read_questions

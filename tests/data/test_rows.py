@@ -7,9 +7,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, easy_lines
+from records import some_record
 
 from conversation.data.exact_json import UnusableJson
 from conversation.data.examples import read_data, read_jsonl, read_training_data
@@ -17,7 +19,7 @@ from conversation.data.rows import DataSet, named_data_set, read_data_set
 from conversation.errors import UserError
 from conversation.format.calls import Answer, Example
 from conversation.format.messages import to_row
-from conversation_config import path_from_anywhere
+from conversation_config import TrainingConfig, folder_and_rest, path_from_anywhere
 from scripts.messages import as_jsonl, as_parquet
 
 
@@ -42,6 +44,23 @@ def spoiled(rows):
     bad[3]["messages"][-1]["tool_calls"][0]["function"]["name"] = "say"
     bad[4]["messages"].insert(0, {"role": "system", "content": "Be terse."})
     return bad
+
+
+def test_the_check_of_a_data_sets_folder_prints_its_statistics_though_it_has_no_trees(tmp_path, rows, capsys):
+    from conversation.training.preparation import print_statistics
+
+    write_parquet(tmp_path / "train.parquet", rows)
+    config, statistics = TrainingConfig(training_data=str(tmp_path)), some_record().data.statistics
+    prepared = SimpleNamespace(config=config, trees=[], statistics=statistics, audit=SimpleNamespace(fingerprint="f"))
+    for as_json in (False, True):
+        print_statistics(prepared, as_json)
+    said = capsys.readouterr().out
+    assert "fit for training" in said and json.loads(said.splitlines()[-1])["quality"] is None
+
+
+def test_a_colon_with_no_folder_before_it_does_not_mean_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert folder_and_rest(":train") is None and folder_and_rest(f"{tmp_path}:train") == (str(tmp_path), "train")
 
 
 def test_lines_of_messages_and_lines_of_text_are_read_from_one_file(tmp_path, rows):

@@ -53,6 +53,17 @@ def test_what_the_merge_would_stumble_over_is_refused_before_the_training_all_at
         base_models.find_base_model(str(folder))
 
 
+def test_a_model_of_text_and_images_is_refused_before_the_training(tmp_path, tiny_folder):
+    from transformers import AutoConfig, Gemma3Config, SiglipVisionConfig
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    images = SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = AutoConfig.from_pretrained(tiny_folder)
+    Gemma3Config(text_config=text.to_dict(), vision_config=images.to_dict()).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"is not a model of text alone: its config.json has vision_config"):
+        base_models.find_base_model(str(folder))
+
+
 def test_shards_that_are_missing_are_all_named(tmp_path, tiny_folder):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "a.safetensors")

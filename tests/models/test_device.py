@@ -157,6 +157,14 @@ def test_a_variable_that_names_no_card_of_this_machine_is_refused(machine, monke
     assert message.endswith("GTX 1660 SUPER cannot be used: CUDA_VISIBLE_DEVICES=7 hides it")
 
 
+@pytest.mark.parametrize("variable", ["0", "0,7", "GPU-8d2a7c1e"])
+def test_a_variable_that_hides_no_card_is_not_blamed_for_what_the_driver_lacks(machine, monkeypatch, variable):
+    machine(smi=GTX, cuda="12.2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    message, hint = refusal()
+    assert "supports CUDA 12.2, torch 2.13.0+cu130 needs CUDA 13.0" in message and hint.startswith(CU126)
+
+
 def test_accelerates_word_for_the_cpu_counts_and_does_not_go_with_the_other(machine, monkeypatch):
     machine(available=True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

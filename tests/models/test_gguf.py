@@ -146,6 +146,28 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(tmp_path, mer
         MergedWeights(folder)
 
 
+def config_of_an_earlier_version(config, layer_types):
+    """The same Gemma 3 as transformers 4 wrote it; without `layer_types`, as its first versions did."""
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope["full_attention"]["rope_theta"]
+    config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    config["rope_scaling"] = None
+    config["torch_dtype"] = config.pop("dtype")
+    if not layer_types:
+        del config["layer_types"]
+        config["sliding_window_pattern"] = 6
+    return config
+
+
+@pytest.mark.parametrize("layer_types", [True, False])
+def test_a_base_whose_config_an_earlier_version_wrote_gives_the_same_file(tmp_path, merged_tiny, written, layer_types):
+    folder = shutil.copytree(merged_tiny, tmp_path / "old")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config_of_an_earlier_version(config, layer_types)))
+    write_gguf(MergedWeights(folder), TYPES["f32"], tmp_path / "old.gguf", {"conversation.run": "Prüfung"})
+    assert (tmp_path / "old.gguf").read_bytes() == written["f32"].read_bytes()
+
+
 # --- the chat template -----------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import lay_into_hub_cache, run_script
 
+from conversation.data.hub_client import cause
 from conversation.errors import UserError
 from conversation.models import hub
 from conversation_config import FUNCTION_GEMMA, hub_settings
@@ -100,6 +101,9 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path, monkeypatch):
 def test_passwords_and_tokens_are_not_shown():
     shown = hub_settings({"HTTPS_PROXY": "http://me:secret@proxy:1", "HF_TOKEN": "hf_x", "HOME": "/", "HF_HOME": ""})
     assert shown == ["HF_TOKEN=...", "HTTPS_PROXY=http://...@proxy:1"]
+    with_at = {"HTTPS_PROXY": "http://me:se@cr@et@proxy:1", "HTTP_PROXY": "http://proxy:1/a@b"}
+    assert hub_settings(with_at) == ["HTTPS_PROXY=http://...@proxy:1", "HTTP_PROXY=http://proxy:1/a@b"]
+    assert cause(OSError("no way to http://me:se@cr@et@proxy:1")) == "no way to http://...@proxy:1 (OSError)"
     assert hub_settings({f"HF_{name}_DISABLE_PROGRESS_BARS": "1" for name in ("HUB", "DATASETS")}) == []  # ours
 
 

@@ -157,6 +157,46 @@ def test_a_merge_that_changes_what_the_model_says_is_refused(tmp_path, tiny_fold
     assert not (tmp_path / "merged").exists()
 
 
+def test_logits_that_are_no_numbers_are_refused_even_if_both_models_give_them(
+    tmp_path, tiny_folder, adapters, monkeypatch
+):
+    observe = merging._observe
+    monkeypatch.setattr(merging, "_observe", lambda *given: (observe(*given)[0] * float("nan"), [7]))
+    with pytest.raises(UserError, match="logits differ by up to nan"):
+        merging.merge(tiny_folder, adapters, tmp_path / "merged", PROMPTS[:1], {})
+
+
+def test_the_merged_model_begins_a_text_with_the_tokenizers_token_whatever_the_bases_config_says(
+    tmp_path, tiny_folder, adapters
+):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "bos_token_id": 7}))
+    merging.merge(base, adapters, tmp_path / "merged", PROMPTS[:1], {})
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["bos_token_id"] == 2
+
+
+def test_two_weights_of_one_name_are_never_merged_into_one_another(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def tower():
+        return torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": linear()})])})
+
+    def linear():
+        return torch.nn.Linear(4, 4, bias=False)
+
+    model = torch.nn.ModuleDict({"text": tower(), "images": tower()})
+    with pytest.raises(UserError, match=r"two adapted weights of the base are called layers\.0\.q_proj\.weight"):
+        merged_weights.changes_of(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+    adapted = get_peft_model(tower(), LoraConfig(target_modules=["q_proj"]))
+    (tmp_path / "base").mkdir()
+    weight = torch.zeros(4, 4)
+    tensors = {"text.layers.0.q_proj.weight": weight, "images.layers.0.q_proj.weight": weight.clone()}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="the base has two weights layers"):
+        merged_weights.write_merged(tmp_path / "base", tmp_path, merged_weights.changes_of(adapted), tied=False)
+
+
 def test_adapters_of_another_base_are_refused(tmp_path, tiny_folder, adapters):
     bad = shutil.copytree(adapters, tmp_path / "bad")
     spoil(bad, lambda tensors: tensors.update({n: torch.zeros(16, 99) for n in list(tensors) if "q_proj.lora_A" in n}))

@@ -107,6 +107,12 @@ def test_a_disk_that_fills_up_in_the_conversion_leaves_nothing_that_looks_whole(
     assert not (tmp_path / stand_in.STAND_IN_FOLDER).exists() and not list(tmp_path.glob("*.part"))
 
 
+def test_what_a_killed_copy_left_is_removed_whatever_the_bases_name(tmp_path):
+    (tmp_path / "base[1]-ab.77.part").mkdir()
+    model_cache.cached_model(tmp_path / "base[1]-ab", "base", {}, 0, lambda part: (part / "x").touch())
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base[1]-ab"]
+
+
 def test_an_archive_with_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(model_cache, "check_disk_space", lambda *arguments: None)

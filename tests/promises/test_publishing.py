@@ -55,6 +55,8 @@ def test_a_run_is_published_where_the_file_system_has_no_links(tmp_path, monkeyp
     assert is_whole(run.path) and newest_run(tmp_path).path == run.path
     assert f"warning: no link latest: the file system of {tmp_path} has none" in capsys.readouterr().err
     assert not (tmp_path / "attempts" / publishing.PUBLISHING).exists()
+    assert publishing.attempt_to_resume(tmp_path) is None
+    assert f"the last published run is {tmp_path}/{run.path.name}" in capsys.readouterr().out
 
 
 def is_whole(path) -> bool:

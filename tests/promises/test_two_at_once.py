@@ -23,6 +23,8 @@ def test_every_script_is_told_who_works_in_the_folder_and_leaves_it_as_it_is(tra
             ("train_conversation.py", ["--resume"]),
             ("merge_conversation_model.py", []),
             ("test_conversation_model.py", []),
+            ("evaluate_conversation_model.py", []),
+            ("export_conversation_model.py", ["--type", "f32"]),
         ):
             status, output = finished(script, "--run_dir", trained, *more, output=tmp_path / "out")
             assert status == 2 and re.search(rf"in use by process {os.getpid()} {SINCE}", output), output

@@ -138,3 +138,33 @@ def test_a_full_disk_leaves_the_document_that_was_there(files, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         files.write(ID, document(title="new", revision=1))
     assert json.loads((files._folder / f"{ID}.json").read_text())["title"] == "old"
+
+
+def test_a_full_disk_leaves_the_training_tree_that_was_there(files, monkeypatch, tmp_path):
+    files.write(ID, document())
+    files.save_training_tree(ID)
+    files.write(ID, document(node("a", "What's a lens?"), revision=1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        files.save_training_tree(ID)
+    assert [tree.question for tree in read_trees(tmp_path / "own_trees")] == [document()["nodes"]["a"]["question"]]
+
+
+def test_a_document_that_another_tab_deletes_while_the_list_is_made_is_passed_over(files, monkeypatch):
+    files.write(ID, document())
+    kept = files._folder / f"{ID}.json"
+    kept.write_text(json.dumps({name: value for name, value in files.read(ID).items() if name != "changed"}))
+    assert len(files.overview()) == 1  # with the time of its file
+    read = files._read
+
+    def read_and_delete(identifier):
+        found = read(identifier)
+        kept.unlink()
+        return found
+
+    monkeypatch.setattr(files, "_read", read_and_delete)
+    assert files.overview() == []

@@ -50,6 +50,8 @@ def test_the_cards_head_holds_what_the_hub_reads_and_the_figures_of_the_run(tmp_
         ("owner/data:train", "owner/data"),
         ("owner/data@v1.0:small:train[:10%]", "owner/data"),
         ("data/core_trees:train", None),
+        ("mine/train.jsonl", None),
+        ("models/mine.gguf", None),
         (STAND_IN, "google/gemma-3-270m"),
         ("/somewhere/model", None),
         ("expert", None),
@@ -57,7 +59,8 @@ def test_the_cards_head_holds_what_the_hub_reads_and_the_figures_of_the_run(tmp_
         ("~/model", None),
     ],
 )
-def test_only_a_name_on_the_hub_is_given_as_one(name, wanted):
+def test_only_a_name_on_the_hub_is_given_as_one_wherever_the_report_is_written(name, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert hub_name(name) == wanted
 
 

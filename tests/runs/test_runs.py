@@ -6,17 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT
 from records import finished_attempt, some_record
 
 from conversation.errors import UserError
-from conversation.runs import console, files, folder, lock, machine, publishing, report
+from conversation.runs import console, files, folder, lock, machine, publishing
 from conversation.runs.folder import RunFolder
 from conversation.runs.loss_curve import draw_loss_curve
-from conversation.runs.record import AnswersReport, AskedQuestion, RunRecord, _hash
+from conversation.runs.record import RunRecord, _hash
 
 LOCK = "import sys; from pathlib import Path; from conversation.runs.lock import locked_folder\n"
 LOCK += "with locked_folder(Path(sys.argv[1])): "
@@ -89,6 +89,41 @@ def test_a_new_run_that_is_refused_leaves_no_folder_and_any_other_stays(tmp_path
         with pytest.raises(UserError), run.at_work(new=new):
             raise UserError("no", exit_status=status)
         assert run.path.exists() == stays
+
+
+def test_of_a_refused_run_in_a_folder_of_the_users_the_folder_stays(tmp_path):
+    run = RunFolder(tmp_path / "mine")
+    run.path.mkdir()
+    run.create(some_record())
+    with pytest.raises(UserError), run.at_work(new=True):
+        (run.path / "checkpoints").mkdir()
+        raise UserError("no")
+    assert list(run.path.iterdir()) == []
+
+
+def test_what_cannot_be_removed_of_a_refused_run_does_not_hide_why_it_was_refused(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    run.create(some_record())
+    remove = shutil.rmtree
+
+    def on_nfs(path, ignore_errors=False):  # where a file that is removed while it is open leaves another
+        assert not [link for link in Path("/proc/self/fd").iterdir() if str(path) in os.path.realpath(link)]
+        remove(path)
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", on_nfs)
+    with pytest.raises(UserError, match="the reason"), run.at_work(new=True):
+        raise UserError("the reason")
+    assert not run.path.exists()
+
+
+def test_a_run_in_use_is_not_removed_by_a_second_one_that_is_refused(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(some_record())
+    with run.at_work(), pytest.raises(UserError, match="in use"), run.at_work(new=True):
+        pass
+    assert run.run_json.exists()
 
 
 def test_a_changed_missing_or_truncated_file_is_found(tmp_path):
@@ -177,42 +212,6 @@ def test_latest_is_corrected_after_a_stop_between_naming_and_pointing_and_only_t
     (tmp_path / "attempts" / publishing.PUBLISHING).write_text(second.path.name)
     publishing.finish_publishing(tmp_path)
     assert (tmp_path / "latest").resolve() == second.path.resolve()
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def test_the_run_before_is_found_by_time_whatever_the_offset_of_its_clock(tmp_path):
-    """Clocks went back: 02:30+02:00 is before 02:10+01:00, though the text is greater."""
-    for started in ("2026-10-25T02:30:00+02:00", "2026-10-25T01:00:00+02:00"):
-        attempt = finished_attempt(tmp_path)
-        attempt.write(replace(attempt.read(), started=started))
-        publishing.publish(attempt, tmp_path)
-    attempt = finished_attempt(tmp_path)
-    record = replace(attempt.read(), started="2026-10-25T02:10:00+01:00")
-    name, before = report.previous_run(attempt, record)
-    assert name == "2026-10-25" and before.started == "2026-10-25T02:30:00+02:00"
-
-
-def test_an_answer_with_backticks_stays_inside_its_fence(tmp_path):
-    attempt = finished_attempt(tmp_path)
-    output = "call:add_text{content:<escape>Write ```python\n# Heading\n``` in it.<escape>}"
-    asked = AskedQuestion("fresh topic", "What's a monad?", (), False, "no", 5, (), False, None, None, output)
-    attempt.write_tests(AnswersReport((asked,), ()))
-    report.write_report(attempt)
-    text = attempt.report.read_text()
-    fenced = text.split("````\n")
-    assert len(fenced) == 3 and "# Heading\n``` in it." in fenced[1]
-
-
-def test_the_problem_of_a_failed_test_is_shown_as_it_is(tmp_path):
-    attempt = finished_attempt(tmp_path)
-    problem, warning = "expected '<escape>', found 'x'", "repeated follow-up: '<b>'"
-    asked = AskedQuestion("fresh topic", "Why?", (), False, problem, 0, (warning,), False, None, None, "x")
-    attempt.write_tests(AnswersReport((asked,), ()))
-    report.write_report(attempt)
-    text = attempt.report.read_text()
-    assert "FAILED: expected '&lt;escape>', found 'x'" in text and "- warning: repeated follow-up: '&lt;b>'" in text
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The command line: help at once, every flag with its default, one clear error for what a user can cause."""
 
+import importlib
 import json
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from conftest import PROJECT, easy_lines, run_script
 from records import some_record
 
 from conversation.data.examples import to_jsonl
-from conversation.errors import CommandLine
+from conversation.errors import CommandLine, UserError
 from conversation.runs.report import command_that_repeats
 from conversation_config import RECIPES, TrainingConfig, add_training_flags, resolve_settings
 
@@ -143,6 +144,20 @@ def test_a_link_that_leads_to_itself_is_refused_without_a_traceback(command, tmp
     done = run_script(script, *inputs, *flags, tmp_path / "loop")
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "loop" in done.stderr and [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize("name", ["relevance", "spelling"])
+def test_a_bad_flag_of_a_script_for_the_data_is_one_error_too(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, "--nonsense"])
+    with pytest.raises(UserError, match="unrecognized arguments: --nonsense"):
+        importlib.import_module(f"scripts.{name}").main()
+
+
+def test_the_relevance_of_one_example_has_nothing_to_be_compared_with(tmp_path, monkeypatch):
+    (tmp_path / "one.jsonl").write_bytes(to_jsonl(easy_lines()[:1]))
+    monkeypatch.setattr(sys, "argv", ["relevance", "--training_data", str(tmp_path / "one.jsonl")])
+    with pytest.raises(UserError, match=r"one\.jsonl has one example"):
+        importlib.import_module("scripts.relevance").main()
 
 
 def test_paths_are_meant_from_the_folder_one_is_in(tmp_path, tiny_folder):

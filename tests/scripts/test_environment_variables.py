@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, easy_lines, lay_into_hub_cache, run_script
 
-from conversation import environment
+from conversation import environment, errors
 from conversation.data.examples import to_jsonl
 from conversation.errors import UserError
 from conversation.runs.folder import RunFolder
@@ -218,6 +218,17 @@ def test_a_defect_of_ours_keeps_its_traceback_whatever_is_loaded(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py"), str(PROJECT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("code", "status"), [("a reason", 1), (3, 3), (None, 0), (0, 0)])
+def test_a_script_that_exits_by_itself_gives_its_reason_and_status(code, status, monkeypatch, capsys):
+    monkeypatch.setattr(errors.environment, "restart_if_misled", lambda: None)
+    monkeypatch.setattr(errors.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        errors.run_main(lambda: sys.exit(code))
+    assert ended.value.code == status
+    assert capsys.readouterr().err == ("a reason\n" if status == 1 else "")
 
 
 def test_an_interactive_python_ends_like_any_other(tmp_path):

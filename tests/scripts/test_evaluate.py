@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from conftest import run_script
@@ -13,6 +14,7 @@ from conversation.runs.evaluation_record import read_evaluation
 from conversation.runs.files import check_can_be_written
 from conversation.runs.folder import RunFolder
 from conversation.runs.report import write_report
+from conversation_config import TRAINING_RUNS
 
 EVALUATE = "evaluate_conversation_model.py"
 
@@ -55,6 +57,7 @@ def test_the_figures_are_those_of_the_answers_in_the_file(evaluated):
 def test_a_resumed_one_is_done_already_and_a_new_merge_makes_it_void(evaluated, tmp_path):
     status, output = finished(EVALUATE, "--run_dir", evaluated.path, "--short", "--resume", output=tmp_path / "again")
     assert status == 0 and "evaluated already" in output
+    assert "evaluated already" in evaluated.console_log.read_text()
     copy = RunFolder(shutil.copytree(evaluated.path, tmp_path / "copy"))
     status, output = finished("merge_conversation_model.py", "--run_dir", copy.path, output=tmp_path / "merge")
     assert status == 0 and not copy.evaluation.exists(), output
@@ -143,6 +146,20 @@ def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
     path.write_text("old")
     check_can_be_written(path)
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
+
+
+def test_the_figures_are_shown_though_their_file_cannot_be_written(tmp_path, monkeypatch, capsys):
+    evaluation = read_evaluation(TRAINING_RUNS / "example-2026-11-26" / "evaluation.json")
+    monkeypatch.setattr(sys, "argv", [EVALUATE, "--model", str(tmp_path), "--output", str(tmp_path / "x.json")])
+    monkeypatch.setattr(script, "evaluate", lambda *_: evaluation)
+
+    def full(*_):
+        raise UserError("cannot write x.json: No space left on device")
+
+    monkeypatch.setattr(script, "write_evaluation", full)
+    with pytest.raises(UserError, match="No space left"):
+        script.main()
+    assert "right answer likeliest of five" in capsys.readouterr().out
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_sentence(untouched, tmp_path):

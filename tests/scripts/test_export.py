@@ -175,20 +175,29 @@ class Muddled:
 
 def test_what_cannot_be_exported_is_refused_before_it_begins(merged_tiny, untouched, tmp_path):
     broken = shutil.copytree(merged_tiny, tmp_path / "broken")
+    run = shutil.copytree(untouched, tmp_path / "run")  # its console.log gets the reason
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-1])
     for flags, problem in (
-        (["--run_dir", untouched, "--type", "q3_x"], "unknown type 'q3_x'"),
-        (["--run_dir", untouched, "--type", ","], "--type names no type"),
-        (["--run_dir", untouched], "required: --type"),
+        (["--run_dir", run, "--type", "q3_x"], "unknown type 'q3_x'"),
+        (["--run_dir", run, "--type", ","], "--type names no type"),
+        (["--run_dir", run], "required: --type"),
         (["--run_dir", tmp_path, "--type", "f32"], "is not a run folder"),
-        (["--run_dir", untouched, "--type", "f32"], "do not attend to all in every sixth layer"),
-        (["--run_dir", untouched, "--type", "f32", "--output", tmp_path], "--output goes with --model"),
+        (["--run_dir", run, "--type", "f32"], "do not attend to all in every sixth layer"),
+        (["--run_dir", run, "--type", "f32", "--output", tmp_path], "--output goes with --model"),
         (["--model", tmp_path, "--type", "f32"], "is missing"),
         (["--model", broken, "--type", "f32"], "is broken"),
     ):
         status, said = finished(EXPORT, *flags, output=tmp_path / "out")
         assert status == 2 and problem in said and said.count("error: ") == 1, said
-    assert not (untouched / "gguf").exists() and not (tmp_path / "gguf").exists()
+    assert not (run / "gguf").exists() and not (tmp_path / "gguf").exists()
+
+
+def test_the_log_has_the_reason_of_a_refused_export_and_a_report_that_fails_too_does_not_hide_it(untouched, tmp_path):
+    run = RunFolder(shutil.copytree(untouched, tmp_path / "run"))
+    run.metrics.write_text("{\n")
+    status, said = finished(EXPORT, "--run_dir", run.path, "--type", "f32", output=tmp_path / "out")
+    assert status == 2 and "do not attend to all in every sixth layer" in said and "metrics" not in said, said
+    assert "do not attend to all in every sixth layer" in run.console_log.read_text()
 
 
 def test_too_little_disk_space_is_said_beforehand(run, tmp_path):

@@ -48,6 +48,10 @@ LACKING = {
     "GNU date and stat": (r"\bdate (-d|--\w|-I)|%N|\bstat (-c|--\w)", "stat -c %s"),
     "not on macOS": (r"(?<!fcntl\.)\b(flock|timeout|nproc|tac|sha256sum|md5sum|setsid|shuf|gawk|wget)\b", "flock 8"),
     "GNU flags": (r"\b(xargs -r|sort -V|head -n -|mktemp --|cp --\w|find .*-printf|echo -e|env -S)", "echo -e x"),
+    "exec by itself, so that a program's parent is the script": (
+        r'\(cd [^()]*&& (?!exec )"\$python"',
+        '(cd "$project" && "$python" -m conversation.runs.publishing lock 9)',
+    ),
     "cd through CDPATH": (r"(?<!CDPATH='' )\bcd (?!(-P )?-- |\"\$project\")", 'cd "$(dirname "$0")"'),
 }
 
@@ -217,6 +221,16 @@ def test_links_cdpath_and_the_working_folder_have_no_effect(checkout, tmp_path):
     assert checkout.calls.read_text().splitlines()[-1] == f"{checkout.folder}/train_conversation.py --demo"
     shown = checkout.run(tmp_path / "training", "--help", cwd="/", CDPATH=elsewhere)
     assert shown.returncode == 0 and "--learning_rate" in shown.stdout
+
+
+def test_help_needs_no_python_of_the_systems_where_the_environment_is_there(checkout, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "readlink", "mkdir"):
+        (tools / name).symlink_to(shutil.which(name))
+    shown = checkout.run("bash", "./run_conversation_training.sh", "--help", PATH=str(tools))
+    assert shown.returncode == 0 and "train_conversation.py --help" in checkout.calls.read_text(), shown.stderr
+    assert shown.stderr == ""
 
 
 @pytest.mark.parametrize("script", ["tests/run.sh", ".ci/run"])
