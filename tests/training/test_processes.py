@@ -221,6 +221,7 @@ folder = pathlib.Path(sys.argv[1], os.environ["RANK"])  # each has its own
 with processes.together():
     chosen = checkpoints.choose_checkpoint(folder)
     checkpoints.drop_newer_checkpoints(folder, chosen)
+    processes.barrier()  # who leaves early would take its last messages with it
 left = {str(path.relative_to(folder)) for path in folder.glob("*/*")}
 (folder / "seen").write_text(f"{chosen.name} of {sorted(left)}, {(chosen / 'weights').read_text()}")
 """
