@@ -12,16 +12,18 @@ import psutil
 import pytest
 import torch
 from conftest import PROJECT, make_home
+from records import some_record
 from safetensors.torch import load_file
 from test_training import FLAGS, ONE_THREAD, train
 
 from conversation.errors import UserError
 from conversation.runs.files import file_hashes, write_json
 from conversation.runs.folder import RunFolder
-from conversation.training import processes, rendezvous
+from conversation.training import preparation, processes, rendezvous, trainer
 from conversation.training.batches import OptimizerStepBatches
 from conversation.training.checkpoints import CHECKPOINT_HASHES, newest_intact_checkpoint
 from conversation.training.rendezvous import OPEN_PORTS
+from train_conversation import begin
 
 
 @contextlib.contextmanager
@@ -149,6 +151,19 @@ def test_an_error_asks_once_for_a_lost_process(monkeypatch):
         assert isinstance(found, UserError) and str(found) == others.reasons[0] and found.exit_status == 1
 
 
+def test_a_run_that_another_process_cannot_train_makes_no_folder(tmp_path, monkeypatch):
+    def others_fail():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(processes, "barrier", others_fail)
+    monkeypatch.setattr(preparation, "check_space_for", lambda prepared, folder, to_be_freed: None)
+    monkeypatch.setattr(trainer, "build_trainable_model", lambda folder, config: None)
+    prepared = SimpleNamespace(record=some_record, base_folder=None, config=None)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        begin(SimpleNamespace(run_dir=tmp_path / "run", attempt=False), prepared)
+    assert list(tmp_path.iterdir()) == []
+
+
 class StoreThatGoes:
     """The store of a first process that ends after all have met."""
 
@@ -206,6 +221,7 @@ folder = pathlib.Path(sys.argv[1], os.environ["RANK"])  # each has its own
 with processes.together():
     chosen = checkpoints.choose_checkpoint(folder)
     checkpoints.drop_newer_checkpoints(folder, chosen)
+    processes.barrier()  # who leaves early would take its last messages with it
 left = {str(path.relative_to(folder)) for path in folder.glob("*/*")}
 (folder / "seen").write_text(f"{chosen.name} of {sorted(left)}, {(chosen / 'weights').read_text()}")
 """
