@@ -6,6 +6,7 @@ Needs Chromium (on Debian: apt-get install chromium); without it every test of t
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,13 @@ class Server:
     def kill(self):
         self.process.kill()
         self.process.wait()
+
+    @contextmanager
+    def held(self):
+        """It says nothing meanwhile: what arrives, arrives later."""
+        self.process.send_signal(signal.SIGSTOP)
+        yield
+        self.process.send_signal(signal.SIGCONT)
 
     def get(self, path):
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
@@ -140,6 +148,29 @@ def page(browser, server):
         yield page
 
 
+@pytest.fixture(scope="module")
+def modules(browser, tmp_path_factory):
+    """Calls the page's own functions: modules("code that may await import('/static/x.js')", what it knows as given)."""
+    server = Server(tmp_path_factory.mktemp("modules"), 0)
+    with a_page(browser, server) as page:
+        yield lambda code, given=None: page.evaluate(f"async (given) => {{ {code} }}", given)
+    server.kill()
+
+
+def node(name, parent="root", text="text", **more):
+    """A node as the page keeps it."""
+    fields = {"id": name, "parent": parent, "question": f"{name}?", "fragments": [text], "choices": []}
+    marks = {"from_choice": None, "state": "whole", "mark": None, "favourite": False, "corrected": False}
+    return {**fields, **marks, "picked": [0, 0, 0], "created": "2026", **more}
+
+
+def tree(*nodes, current="root", title="t"):
+    return {"id": "x", "title": title, "revision": 1, "current": current, "nodes": {each["id"]: each for each in nodes}}
+
+
+ROOT = node("root", None)
+
+
 def ask(page, question=QUESTION):
     page.fill("#own-question", question)
     page.keyboard.press("Enter")
@@ -177,6 +208,14 @@ def eventually(what, *wanted):
         time.sleep(0.05)
 
 
+def until(page, what):
+    """Waits as `eventually` does, and lets the page's requests go on that the test handles itself."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not what():
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
+
+
 def grow(page):
     """A tree: the root, two answers to its follow-ups, below the second one two more. Reads the last."""
     ask(page)
@@ -190,3 +229,12 @@ def grow(page):
     ):
         press(page, picked)
         arrived(page, asked)
+
+
+def kept(page):
+    """What the browser keeps of all conversations, as it stands in its storage."""
+    return page.evaluate(
+        """() => new Promise((resolve) => { indexedDB.open('conversations').onsuccess = ({ target }) => {
+            const records = target.result.transaction('conversations').objectStore('conversations').getAll();
+            records.onsuccess = () => { target.result.close(); resolve(records.result); }; }; })"""
+    )

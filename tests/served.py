@@ -83,15 +83,12 @@ class FakeEngine:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, engine=None, access: Access | None = None, open_engine=None):
+def serving(folder: Path, engine=None, access: Access | None = None, open_engine=None, web: Path | None = None):
     """A server in a thread; `port`, `engine`, `queue`, `call`, `url`."""
     engine = engine or FakeEngine()
     listener = listen("127.0.0.1", 0)
     queue = AnswerQueue(open_engine or (lambda: engine))
-    web = folder / "web"
-    web.mkdir(exist_ok=True)
-    (web / "index.html").write_text("<!doctype html><title>page</title>")
-    (web / "app.js").write_text("export {};")
+    web = web or _small_page(folder / "web")
     files = ConversationFiles(folder / "conversations", folder / "own_trees")
     app = make_app(Service(queue, files, MODEL, web), access or Access())
     port = listener.getsockname()[1]
@@ -109,6 +106,13 @@ def serving(folder: Path, engine=None, access: Access | None = None, open_engine
         stopping["loop"].call_soon_threadsafe(stopping["end"])
         thread.join(15)
         assert not thread.is_alive(), "the server did not end"
+
+
+def _small_page(web: Path) -> Path:
+    web.mkdir(exist_ok=True)
+    (web / "index.html").write_text("<!doctype html><title>page</title>")
+    (web / "app.js").write_text("export {};")
+    return web
 
 
 def _run(app, listener, queue, stopping):

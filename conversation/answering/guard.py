@@ -44,7 +44,7 @@ HEADERS = {
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer a form sends "Origin: null", and the login is a form
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }

@@ -203,6 +203,3 @@ def busy_broken_and_failing(page):
     page.fill("#own-question", "Is it failing?")
     press(page, "Enter")
     page.locator(".unfinished", has_text="The engine cannot answer this. Ask another question.").wait_for()
-
-
-# --- going -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from page_browser import (
     SECOND,
     STOLEN,
     THIRD,
-    Server,
     a_page,
     arrived,
     ask,
@@ -202,15 +201,6 @@ def test_a_file_that_is_none_is_refused_with_the_place(page, name, text, problem
 # --- fuzzing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def modules(browser, tmp_path_factory):
-    """Calls the page's own functions: modules("code that may await import('/static/x.js')", argument)."""
-    server = Server(tmp_path_factory.mktemp("modules"), 0)
-    with a_page(browser, server) as page:
-        yield lambda code, argument: page.evaluate(f"async (given) => {{ {code} }}", argument)
-    server.kill()
-
-
 def texts(limit):
     return st.text(st.characters(exclude_categories=["Cs"]), max_size=limit)
 
@@ -222,6 +212,7 @@ choices = st.fixed_dictionaries(
 )
 answers = st.fixed_dictionaries({"texts": st.lists(texts(90), max_size=5), "choices": st.lists(choices, max_size=4)})
 good_lines = st.sampled_from(["A lock.", "Why?", "é😀 < {x} `*_", "x" * 40, "1. #", "- a\\b"])
+own_questions = good_lines | st.sampled_from(["x" * 41, "Why <escape> it?", "x" * 70, "😀" * 41])
 good_choice = st.fixed_dictionaries(
     {"text": good_lines, "confidence": st.sampled_from([0, 0.5, 0.37, 1]), "target": good_names}
 )
@@ -270,7 +261,7 @@ def documents(draw):
         parent = None if i == 0 else f"n{draw(st.integers(0, i - 1))}"
         answer = draw(good_answers)
         place = draw(st.sampled_from([None, 0, 1, 2])) if parent else None
-        question = nodes[parent]["choices"][place]["text"] if place is not None else draw(good_lines)
+        question = nodes[parent]["choices"][place]["text"] if place is not None else draw(own_questions)
         nodes[f"n{i}"] = {
             "id": f"n{i}",
             "parent": parent,

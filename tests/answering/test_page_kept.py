@@ -5,6 +5,7 @@ from page_browser import (
     FIRST,
     PROTECTION,
     QUESTION,
+    ROOT,
     SECOND,
     STOLEN,
     a_page,
@@ -13,8 +14,10 @@ from page_browser import (
     eventually,
     fragments,
     grow,
+    node,
     nodes,
     press,
+    tree,
 )
 
 GROWN = [QUESTION, FIRST, SECOND, PROTECTION, STOLEN]
@@ -197,44 +200,11 @@ def test_one_answer_that_two_browsers_changed_stands_twice(browser, server):
 # --- the merge itself ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def merge(browser, tmp_path_factory):
+@pytest.fixture
+def merge(modules):
     """The page's merge as a function of (base, ours, theirs)."""
-    from page_browser import Server
-
-    server = Server(tmp_path_factory.mktemp("merge"), 0)
-    with a_page(browser, server) as page:
-        yield lambda *documents: page.evaluate(
-            "async (documents) => (await import('/static/merge.js')).merge(...documents)", list(documents)
-        )
-    server.kill()
-
-
-def node(name, parent="root", text="text", **more):
-    fields = {
-        "id": name,
-        "parent": parent,
-        "question": f"{name}?",
-        "fragments": [text],
-        "choices": [],
-        "from_choice": None,
-    }
-    marks = {
-        "state": "whole",
-        "mark": None,
-        "favourite": False,
-        "corrected": False,
-        "picked": [0, 0, 0],
-        "created": "2026",
-    }
-    return {**fields, **marks, **more}
-
-
-def tree(*nodes, current="root", title="t"):
-    return {"id": "x", "title": title, "revision": 1, "current": current, "nodes": {each["id"]: each for each in nodes}}
-
-
-ROOT = node("root", None)
+    code = "return (await import('/static/merge.js')).merge(...given)"
+    return lambda *documents: modules(code, list(documents))
 
 
 def test_a_merge_keeps_what_either_side_added_and_drops_what_one_side_deleted(merge):
@@ -287,8 +257,10 @@ def test_any_merge_is_one_tree_and_loses_no_words(merge):
             if what < 0.4:
                 new = f"n{random.randrange(10**9)}"
                 nodes[new] = node(new, name)
-            elif what < 0.7:
+            elif what < 0.6:
                 nodes[name] = {**nodes[name], "fragments": [f"text {random.randrange(10**9)}"]}
+            elif what < 0.7:
+                nodes[name] = {**nodes[name], "mark": random.choice(["good", "bad"]), "question": f"{what}?"}
             elif name != "root":
                 gone = {name}
                 while below := {each for each in nodes if nodes[each]["parent"] in gone} - gone:
@@ -299,7 +271,10 @@ def test_any_merge_is_one_tree_and_loses_no_words(merge):
     for _ in range(300):
         base = changed(changed(tree(ROOT)))
         ours, theirs = changed(base), changed(base)
-        met = merge(base, ours, theirs)["doc"]
+        if random.random() < 0.2:  # below a parent that is nowhere
+            text = base["nodes"]["root"]["fragments"][0]
+            ours["nodes"] |= {"o": node("o", "nowhere", text), "p": node("p", "o", text)}
+        met = merge(random.choice([base, base, None]), ours, theirs)["doc"]
         assert [each["id"] for each in met["nodes"].values() if each["parent"] is None] == ["root"]
         assert all(each["parent"] in met["nodes"] for each in met["nodes"].values() if each["parent"])
         assert met["current"] in met["nodes"]

@@ -141,7 +141,7 @@ def test_fifty_steps_by_keyboard_alone(page, server):
     step("g")
     step("k", reads=QUESTION)
     assert len(steps) >= 50
-    eventually(lambda: sorted(len(document["nodes"]) for document in server.documents()), [2, 9])
+    eventually(lambda: sorted(len(document["nodes"]) for document in server.documents()), [2, 10])
 
 
 def test_single_keys_can_be_switched_off_and_do_nothing_while_one_types(page):

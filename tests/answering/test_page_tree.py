@@ -20,7 +20,7 @@ from page_browser import (
     press,
 )
 
-# --- asking ----------------------------------------------------------------------------------------------------------
+# --- going -----------------------------------------------------------------------------------------------------------
 
 
 def test_keys_go_to_parent_child_and_siblings(page):
@@ -278,3 +278,48 @@ def test_prefetching_can_be_switched_off(page, server):
     arrived(page, QUESTION)
     time.sleep(0.3)
     assert len(server.asked()) == 1
+
+
+def test_what_is_fetched_ahead_again_after_a_correction_is_taken_when_it_is_picked(browser, serve):
+    server = serve(pause=0.3)
+    with a_page(browser, server) as page:
+        ask(page)
+        eventually(lambda: page.locator(".choice .state").first.inner_text(), "fetching")
+        press(page, "t")
+        page.locator(".correction input").first.fill("Corrected.")
+        press(page, "Control+Enter")
+        eventually(lambda: page.locator(".choice .state").first.inner_text(), "fetching")
+        time.sleep(0.8)  # a fragment has arrived by now
+        press(page, "1")
+        arrived(page, FIRST)
+        assert [e["question"] for e in server.asked() if "Corrected." in str(e["history"])].count(FIRST) == 1
+
+
+def test_what_was_fetched_ahead_for_words_that_another_tab_corrected_is_not_taken(browser, server):
+    context = browser.new_context(reduced_motion="reduce")
+    with a_page(browser, server, context) as one, a_page(browser, server, context) as two:
+        ask(one)
+        eventually(lambda: one.locator(".choice .state").all_inner_texts(), ["ready"] * 3)
+        two.locator("#shelf li button").click()
+        arrived(two, QUESTION)
+        press(two, "t")
+        two.locator(".correction input").first.fill("Corrected.")
+        press(two, "Control+Enter")
+        eventually(lambda: fragments(one)[0], "Corrected.")
+        press(one, "1")
+        arrived(one, FIRST)
+
+        def asked():
+            return [e["history"][1]["text"] for e in server.asked() if e["question"] == FIRST]
+
+        eventually(lambda: asked().count("Corrected."), 2)  # each tab once
+    context.close()
+
+
+def test_who_asks_and_looks_at_another_tab_meanwhile_finds_follow_ups_fetched_on_coming_back(page, server):
+    page.evaluate("Object.defineProperty(document, 'hidden', {get: () => window.away ?? true, configurable: true})")
+    ask(page)
+    time.sleep(0.3)
+    assert [entry["question"] for entry in server.asked()] == [QUESTION]
+    page.evaluate("() => { window.away = false; document.dispatchEvent(new Event('visibilitychange')); }")
+    eventually(lambda: page.locator(".choice .state").all_inner_texts(), ["ready"] * 3)

@@ -1,16 +1,18 @@
 // The line to type a question into, with how many characters fit, and what it is for: the first question, an own one,
 // a follow-up that is edited before it is asked, a question that is asked in other words.
 
-import { byId, h, icon } from "./dom.js";
+import { byId, composes, h, icon } from "./dom.js";
 import { notify } from "./notices.js";
 import { LIMITS, lengthOf, oneLine } from "./rules.js";
 
+const LONGEST = 500; // characters of a question; a tree takes fewer
+
 export class Composer {
   limits = LIMITS;
-  #purpose = null; // {label, ask}: null means an own question
+  #purpose = null; // {label, ask, root, at}: for the node `at` alone; null means an own question
   #label = h("label", { for: "own-question" });
   #counter = h("span", { class: "counter", id: "counter" });
-  #input = h("input", { id: "own-question", type: "text", maxlength: "500", enterkeyhint: "send", "aria-describedby": "counter", "aria-keyshortcuts": "o", dir: "auto" });
+  #input = h("input", { id: "own-question", type: "text", maxlength: LONGEST, enterkeyhint: "send", "aria-describedby": "counter", "aria-keyshortcuts": "o", dir: "auto" });
   #cancel = h("button", { class: "outline", type: "button", hidden: true }, "Cancel");
   #ask = h("button", { class: "solid", type: "submit" }, "Ask");
   #stop = h("button", { class: "outline", type: "button", hidden: true, "aria-keyshortcuts": "Escape" }, icon("stop"), "Stop");
@@ -25,8 +27,8 @@ export class Composer {
     form.addEventListener("submit", (event) => (event.preventDefault(), this.#submit()));
     this.#input.addEventListener("input", () => this.#count());
     this.#input.addEventListener("paste", (event) => this.#paste(event));
-    this.#input.addEventListener("keydown", (event) => event.key === "Escape" && this.#escape(event));
-    this.#cancel.addEventListener("click", () => this.cancel());
+    this.#input.addEventListener("keydown", (event) => event.key === "Escape" && !composes(event) && this.#escape(event));
+    this.#cancel.addEventListener("click", () => (this.cancel(), this.focus()));
     this.#stop.addEventListener("click", () => reader.stop());
   }
 
@@ -36,7 +38,7 @@ export class Composer {
 
   /** Takes a text to edit; `ask` gets what becomes of it. */
   edit(label, text, ask, { root = false } = {}) {
-    this.#purpose = { label, ask, root };
+    this.#purpose = { label, ask, root, at: this.#here };
     this.#input.value = text;
     this.render();
     this.#input.focus();
@@ -49,8 +51,14 @@ export class Composer {
     this.render();
   }
 
+  /** The node that is read; a purpose is of no use at another one, as what it does depends on it. */
+  get #here() {
+    return this.reader.node?.id ?? null;
+  }
+
   render() {
     const { doc, node } = this.reader;
+    if (this.#purpose && this.#purpose.at !== this.#here) this.#purpose = null; // the text stays, as an own question
     const first = !doc;
     this.#label.textContent = this.#purpose?.label ?? (first ? "Your question" : "Or ask your own");
     this.#cancel.hidden = !this.#purpose;
@@ -78,8 +86,10 @@ export class Composer {
     const text = event.clipboardData?.getData("text") ?? "";
     if (!/[\r\n]/.test(text)) return;
     event.preventDefault();
-    const { selectionStart: start, selectionEnd: end } = this.#input;
-    this.#input.setRangeText(oneLine(text), start, end, "end");
+    const { selectionStart: start, selectionEnd: end, value } = this.#input;
+    const room = Math.max(0, LONGEST - (value.length - (end - start)));
+    const fits = oneLine(text).slice(0, room).replace(/[\ud800-\udbff]$/, ""); // not half an emoji
+    this.#input.setRangeText(fits, start, end, "end");
     this.#count();
   }
 
@@ -91,8 +101,8 @@ export class Composer {
       return notify("The answer is still coming. Wait for it, or stop it.", { topic: "composer" });
     }
     const ask = this.#purpose?.ask ?? ((text) => this.reader.ask(text));
-    this.cancel();
     ask(question);
+    this.cancel(); // not before: the text stays if that fails
   }
 
   #escape(event) {

@@ -12,7 +12,7 @@ export function newId() {
   return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
-export const now = () => new Date().toISOString();
+const now = () => new Date().toISOString();
 
 export function newNode(parent, question, fromChoice = null) {
   return {
@@ -111,6 +111,14 @@ export const withNode = (doc, node) => ({ ...doc, nodes: { ...doc.nodes, [node.i
 
 export const changeNode = (doc, id, change) => (nodeOf(doc, id) ? withNode(doc, { ...nodeOf(doc, id), ...change }) : doc);
 
+const parts = ({ fragments, choices }) => fragments.length + choices.length;
+
+/** With what has arrived of an answer. A draft that is asked again keeps what it had until as much has come. */
+export function received(doc, id, { fragments, choices, state }) {
+  if (state === "whole") return changeNode(doc, id, { fragments, choices, state });
+  return parts({ fragments, choices }) < parts(nodeOf(doc, id)) ? doc : changeNode(doc, id, { fragments, choices, state: "draft" });
+}
+
 /** With one more pick of a node's choice. */
 export function counted(doc, id, place) {
   const picked = (nodeOf(doc, id).picked ?? [0, 0, 0]).map((count, i) => count + (i === place));
@@ -123,6 +131,20 @@ export function withoutBranch(doc, id) {
   const { parent } = nodeOf(doc, id);
   const nodes = Object.fromEntries(Object.entries(doc.nodes).filter(([each]) => !gone.has(each)));
   return { ...doc, nodes, current: gone.has(doc.current) ? parent : doc.current };
+}
+
+/** Whether an answer that was whole has other words in the newer document: what was asked below it no longer fits. */
+export const reworded = (before, after) =>
+  Object.values(before.nodes).some((node) => {
+    const now = node.state === "whole" && nodeOf(after, node.id);
+    return now && JSON.stringify([now.question, now.fragments]) !== JSON.stringify([node.question, node.fragments]);
+  });
+
+/** With an answer in other words beside a node's own: a sibling, or, for a root, which has none, a child of it. */
+export function withOtherWords(doc, id, { fragments, choices }) {
+  const node = nodeOf(doc, id);
+  const beside = isRoot(node) ? newNode(id, node.question) : newNode(node.parent, node.question, node.from_choice);
+  return goTo(withNode(doc, { ...beside, fragments, choices, state: "whole", corrected: true }), beside.id);
 }
 
 /** A corrected answer. Questions that were asked by a choice whose text changes, change with it. */

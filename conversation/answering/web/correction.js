@@ -1,6 +1,6 @@
 // The form in which an answer is corrected in place: fragments, follow-ups, their confidences and targets.
 
-import { h, icon } from "./dom.js";
+import { composes, h, icon } from "./dom.js";
 import { LIMITS, answerProblems, oneLine } from "./rules.js";
 
 /** A form for a node's answer. `save` gets {fragments, choices}, checked; `close` is called when nothing is to change. */
@@ -8,26 +8,36 @@ export function correctionForm(node, { save, close }) {
   const fragments = [...node.fragments, ...(node.fragments.length ? [] : [""])];
   const choices = Array.from({ length: LIMITS.choices }, (_, i) => node.choices[i] ?? { text: "", confidence: [0.5, 0.3, 0.1][i], target: "" });
 
-  const field = (place, label, value, attributes = {}) =>
-    h("input", { type: "text", name: place, value, "aria-label": label, autocomplete: "off", dir: "auto", "aria-describedby": `problem ${place}`.replaceAll(" ", "-"), ...attributes });
+  const field = (place, label, value, problem, attributes = {}) =>
+    h("input", { type: "text", name: place, value, "aria-label": label, autocomplete: "off", dir: "auto", "aria-describedby": problem, ...attributes });
+  const problemLine = (id) => h("p", { class: "problem", id, hidden: true });
 
   const texts = h("div", {});
   const add = h("button", { class: "plain", type: "button", on: { click: () => addFragment("", true) } }, icon("plus"), "Add a fragment");
 
   function addFragment(value, focus = false) {
-    const input = field("", "", value, { maxlength: LIMITS.fragment });
-    const remove = h("button", { class: "plain", type: "button", on: { click: () => (row.remove(), number()) } }, icon("remove"));
-    const row = h("div", { class: "row" }, input, remove, h("p", { class: "problem", hidden: true }));
+    const input = field("", "", value, "", { maxlength: LIMITS.fragment });
+    const remove = h("button", { class: "plain", type: "button", on: { click: () => removeFragment(row) } }, icon("remove"));
+    const row = h("div", { class: "row" }, input, remove, problemLine(""));
     texts.append(row);
     number();
     if (focus) input.focus();
   }
 
+  function removeFragment(row) {
+    const next = row.nextElementSibling ?? row.previousElementSibling;
+    row.remove();
+    number();
+    next.querySelector("input").focus();
+  }
+
   /** Names the fragments by their place, after one came or went. */
   function number() {
     [...texts.children].forEach((row, i) => {
-      const [input, remove] = row.children;
+      const [input, remove, problem] = row.children;
       input.name = `fragments ${i}`;
+      problem.id = `problem-fragment-${i}`;
+      input.setAttribute("aria-describedby", problem.id);
       input.setAttribute("aria-label", `Fragment ${i + 1}`);
       remove.setAttribute("aria-label", `Remove fragment ${i + 1}`);
       remove.disabled = texts.childElementCount === 1;
@@ -35,15 +45,17 @@ export function correctionForm(node, { save, close }) {
     add.hidden = texts.childElementCount >= LIMITS.fragments;
   }
 
-  const choiceRow = ({ text, confidence, target }, i) =>
-    h(
+  const choiceRow = ({ text, confidence, target }, i) => {
+    const problem = `problem-choice-${i}`;
+    return h(
       "div",
       { class: "row choice-row" },
-      field(`text ${i}`, `Follow-up ${i + 1}`, text, { maxlength: LIMITS.question_follow_up }),
-      field(`confidence ${i}`, `Confidence ${i + 1}`, String(confidence), { inputmode: "decimal" }),
-      h("div", { class: "target-cell" }, field(`target ${i}`, `Target ${i + 1}`, target, { class: "target", maxlength: LIMITS.name, spellcheck: "false" })),
-      h("p", { class: "problem", hidden: true }),
+      field(`text ${i}`, `Follow-up ${i + 1}`, text, problem, { maxlength: LIMITS.question_follow_up }),
+      field(`confidence ${i}`, `Confidence ${i + 1}`, String(confidence), problem, { inputmode: "decimal" }),
+      h("div", { class: "target-cell" }, field(`target ${i}`, `Target ${i + 1}`, target, problem, { class: "target", maxlength: LIMITS.name, spellcheck: "false" })),
+      problemLine(problem),
     );
+  };
 
   function read() {
     const value = (name) => oneLine(form.elements.namedItem(name).value);
@@ -69,6 +81,7 @@ export function correctionForm(node, { save, close }) {
       on: {
         submit,
         keydown: (event) => {
+          if (composes(event)) return;
           if (event.key === "Escape") close();
           else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
           else return;

@@ -1,6 +1,6 @@
 // Dialogs that end in an answer: openDialog gives a promise of it, null when the reader closes the dialog.
 
-import { h, icon } from "./dom.js";
+import { byId, composes, h, icon } from "./dom.js";
 
 /**
  * `body` are elements; `buttons` are {label, value, solid}: `value` may be a function, called when it is pressed.
@@ -14,7 +14,7 @@ export function openDialog({ title, body, buttons = [], className = "", start = 
       if (!dialog.open) return;
       dialog.close();
       dialog.remove();
-      before?.focus?.({ preventScroll: true });
+      (before?.isConnected ? before : byId("question"))?.focus({ preventScroll: true });
       resolve(value);
     };
     const press = (value) => close(typeof value === "function" ? value() : value);
@@ -35,9 +35,11 @@ export function openDialog({ title, body, buttons = [], className = "", start = 
     );
     const solid = buttons.find((button) => button.solid);
     dialog.addEventListener("cancel", (event) => (event.preventDefault(), close()));
-    dialog.addEventListener("click", (event) => event.target === dialog && close());
+    let pressed = null; // where the pointer went down: who selects a text may let go outside
+    dialog.addEventListener("pointerdown", (event) => (pressed = event.target));
+    dialog.addEventListener("click", (event) => event.target === dialog && pressed === dialog && close());
     dialog.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.target.localName !== "input" || !solid) return;
+      if (composes(event) || event.key !== "Enter" || event.target.localName !== "input" || !solid) return;
       event.preventDefault();
       press(solid.value);
     });
@@ -49,12 +51,12 @@ export function openDialog({ title, body, buttons = [], className = "", start = 
 }
 
 /** A line of text from the reader; null if none was given. */
-export async function askForText({ title, label, value = "", type = "text", button = "Save" }) {
-  const input = h("input", { type, id: "dialog-text", value, maxlength: "200" });
+export async function askForText({ title, label, value = "" }) {
+  const input = h("input", { type: "text", id: "dialog-text", value, maxlength: "200", dir: "auto" });
   const answer = await openDialog({
     title,
     body: [h("p", {}, h("label", { for: "dialog-text" }, label)), input],
-    buttons: [{ label: "Cancel", value: null }, { label: button, solid: true, value: () => input.value.trim() }],
+    buttons: [{ label: "Cancel", value: null }, { label: "Save", solid: true, value: () => input.value.trim() }],
     start: () => {
       input.focus();
       input.select();

@@ -2,12 +2,12 @@
 
 import { VERSION, newId } from "./conversation.js";
 import { ImportProblem } from "./tree_file.js";
-import { LIMITS } from "./rules.js";
+import { LIMITS, oneLine } from "./rules.js";
 
 const MOST_NODES = 5000;
-const LONGEST = 2000;
+const LONGEST = 4000; // characters, as the server takes them
 
-export const toDocumentFile = (doc) => JSON.stringify(doc, null, 2) + "\n";
+export const toDocumentFile = (doc) => JSON.stringify(doc) + "\n";
 
 export const isDocument = (value) => value?.version === VERSION && typeof value.nodes === "object";
 
@@ -66,8 +66,8 @@ function cleanNode(node, ids) {
 }
 
 function text(value, what) {
-  if (typeof value !== "string" || !value.trim() || value.length > LONGEST) throw new ImportProblem([`${what} is no text`]);
-  return value;
+  if (typeof value !== "string" || !oneLine(value) || value.length > LONGEST) throw new ImportProblem([`${what} is no text`]);
+  return oneLine(value);
 }
 
 const date = (value) => new Date(Number.isNaN(Date.parse(value)) ? Date.now() : Date.parse(value)).toISOString();

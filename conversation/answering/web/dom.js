@@ -22,6 +22,9 @@ function fill(element, { on = {}, style = {}, ...attributes }, children) {
   return element;
 }
 
+/** Whether a key belongs to an input method, which confirms or takes back what it composes by Enter and Escape. */
+export const composes = (event) => event.isComposing || event.keyCode === 229;
+
 export const byId = (id) => document.getElementById(id);
 
 // Strokes on a grid of 16, drawn for this page.
@@ -42,7 +45,6 @@ const ICONS = {
   close: "M4 4l8 8M12 4l-8 8",
   back: "M10 3L5 8l5 5",
   forward: "M6 3l5 5-5 5",
-  help: "M5.8 6a2.2 2.2 0 1 1 3.2 2c-.7.4-1 .8-1 1.6M8 12.5h.01",
 };
 
 export function icon(name) {

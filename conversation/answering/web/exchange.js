@@ -5,7 +5,7 @@ import { h } from "./dom.js";
 import { fromMarkdown, toMarkdown } from "./markdown.js";
 import { ImportProblem, fromTree } from "./tree_file.js";
 
-const LARGEST = 5_000_000; // bytes
+const LARGEST = 8_000_000; // bytes
 
 export const saveMarkdown = (doc) => download(`${fileName(doc)}.md`, toMarkdown(doc), "text/markdown");
 export const saveCopy = (doc) => download(`${fileName(doc)}.conversation.json`, toDocumentFile(doc), "application/json");

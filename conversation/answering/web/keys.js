@@ -4,7 +4,7 @@
 // people who speak to their computer or whose screen reader uses the same keys.
 
 import { openDialog } from "./dialogs.js";
-import { h } from "./dom.js";
+import { composes, h } from "./dom.js";
 
 /** [group, [[keys, what, run(actions)]]]; the first key of each is the one that help and buttons name. */
 const KEYS = [
@@ -49,22 +49,28 @@ const KEYS = [
 ];
 
 const BY_KEY = new Map(KEYS.flatMap(([, lines]) => lines.flatMap(([keys, , run]) => keys.map((key) => [key, run]))));
+const GOES = /^[hjkl]$|Arrow/;
 const NAMES = { ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: "→", Escape: "Esc", Control: "Ctrl", Meta: "⌘" };
 
 /** Listens to the keys of the page. `enabled()` says whether single characters act. */
 export function listenToKeys(actions, enabled) {
   document.addEventListener("keydown", (event) => {
-    if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open], [popover]:popover-open")) return;
-    if (event.target.closest("input, textarea, select, [contenteditable]")) return;
-    const run = BY_KEY.get(nameOf(event));
-    if (!run || (!enabled() && nameOf(event).length === 1)) return;
+    if (event.defaultPrevented || composes(event) || document.querySelector("dialog[open], [popover]:popover-open")) return;
+    if (event.target.closest("input, form.correction")) return;
+    const name = nameOf(event);
+    const run = BY_KEY.get(name);
+    if (!run || (!enabled() && name.length === 1)) return;
     event.preventDefault();
-    run(actions);
+    if (!event.repeat || GOES.test(name)) run(actions); // a key that is held asks or deletes once
   });
 }
 
-/** "a", "Shift+ArrowUp", "Control+z"; Shift is part of a character: "?". */
-function nameOf({ key, ctrlKey, metaKey, altKey, shiftKey }) {
+/**
+ * "a", "Shift+ArrowUp", "Control+z"; Shift is part of a character: "?". On a layout of other letters (Cyrillic, Greek,
+ * Arabic) a key counts as the Latin letter at its place.
+ */
+function nameOf({ key: typed, code, ctrlKey, metaKey, altKey, shiftKey }) {
+  const key = /^[^\x00-\x7f]$/u.test(typed) && /^Key[A-Z]$/.test(code) ? code.slice(3) : typed;
   const held = [ctrlKey && "Control", metaKey && "Meta", altKey && "Alt", shiftKey && key.length > 1 && "Shift"];
   return [...held.filter(Boolean), key.length === 1 && key !== "?" ? key.toLowerCase() : key].join("+");
 }

@@ -8,7 +8,7 @@ import * as server from "./server.js";
 
 const SEND_AFTER = 500; // milliseconds without a change
 const SEND_AGAIN = 15_000;
-const LEFT = "left "; // in local storage: what was not written yet when the page was left
+const LEFT = "conversation.left "; // in local storage: what was not written yet when the page was left
 
 export class Library {
   #store;
@@ -16,7 +16,7 @@ export class Library {
   #seen = new Map(); // id -> the record that this tab last read or wrote
   #queue = Promise.resolve();
   #timer = null;
-  #channel = new BroadcastChannel("conversations");
+  #channel = openChannel();
   #writing = new Map(); // id -> the document that is being written
 
   /**
@@ -39,11 +39,13 @@ export class Library {
   }
 
   /** The document, which this tab works on from now on; null if it is not here. */
-  async open(id) {
-    const record = await this.#store.get(id);
-    if (!record || record.deleted) return null;
-    this.#seen.set(id, record);
-    return record.doc;
+  open(id) {
+    return this.#inTurn(async () => {
+      const record = await this.#store.get(id);
+      if (!record || record.deleted) return null;
+      this.#seen.set(id, record);
+      return record.doc;
+    });
   }
 
   /** Keeps this tab's document in the browser, merged with what another tab wrote; later it is sent. */
@@ -67,6 +69,21 @@ export class Library {
     });
   }
 
+  /** Changes a document as it is kept, whether this tab has it open or not. */
+  update(id, change) {
+    return this.#inTurn(async () => {
+      const record = await this.#store.change(id, (stored) => {
+        const doc = stored && !stored.deleted ? change(stored.doc) : stored?.doc;
+        return doc === stored?.doc ? stored : { ...stored, doc, unsent: true };
+      });
+      if (!record || record.deleted) return;
+      this.#channel.postMessage(id);
+      this.#takeIn(record);
+      this.sendSoon();
+      this.#page.listed();
+    });
+  }
+
   /** A page that is left, or loaded again, has no time for the database: what is being written is put aside. */
   #leave() {
     for (const [id, doc] of this.#writing) {
@@ -81,12 +98,18 @@ export class Library {
   /** Takes in what a page left; to be called before a conversation is opened. */
   async recover() {
     for (const key of Object.keys(localStorage).filter((each) => each.startsWith(LEFT))) {
-      const { doc, base } = JSON.parse(localStorage.getItem(key));
-      await this.#store.change(doc.id, (stored) => {
-        if (stored?.deleted) return stored;
-        return { base: null, deleted: false, ...stored, id: doc.id, doc: stored ? merge(base, doc, stored.doc).doc : doc, unsent: true };
-      });
-      localStorage.removeItem(key);
+      try {
+        const left = localStorage.getItem(key);
+        if (!left) continue; // another tab was faster
+        const { doc, base } = JSON.parse(left);
+        await this.#store.change(doc.id, (stored) => {
+          if (stored?.deleted) return stored;
+          return { base: null, deleted: false, ...stored, id: doc.id, doc: stored ? merge(base, doc, stored.doc).doc : doc, unsent: true };
+        });
+        if (this.#store.kept) localStorage.removeItem(key);
+      } catch (error) {
+        console.error(error); // one that cannot be taken in must not stop the page
+      }
     }
   }
 
@@ -112,14 +135,14 @@ export class Library {
     let failure = null;
     for (const { id } of (await this.#store.all()).filter((record) => record.unsent)) {
       try {
-        await oneTabAtATime(id, () => this.#sendOne(id));
+        await this.sendOne(id);
       } catch (error) {
         if (!(error instanceof server.ServerError)) throw error;
         failure = error;
         if (error.status === 0) break;
       }
     }
-    if (failure?.status >= 429) this.sendSoon(SEND_AGAIN);
+    if (failure && (failure.status === 0 || failure.status >= 429)) this.sendSoon(SEND_AGAIN);
     this.#page.sent(failure);
     this.#page.listed();
   }
@@ -130,17 +153,27 @@ export class Library {
     for (const { id, revision } of (await server.listConversations()) ?? []) {
       const record = here.get(id);
       if (record && (record.deleted || record.base?.revision === revision)) continue;
-      const theirs = await server.getConversation(id);
-      if (theirs) await this.#inTurn(() => this.#receive(id, theirs));
+      await this.fetchOne(id).catch(unlessAway); // one that was deleted meanwhile, or is broken, is passed over
     }
     this.#page.listed();
+  }
+
+  /** Reads what the server has of one conversation. Raises ServerError. */
+  async fetchOne(id) {
+    const theirs = await server.getConversation(id);
+    if (theirs) await this.#inTurn(() => this.#receive(id, theirs));
+  }
+
+  /** Sends one conversation, if the server lacks anything of it. Raises ServerError. */
+  sendOne(id) {
+    return oneTabAtATime(id, () => this.#sendOne(id));
   }
 
   async #sendOne(id) {
     const record = await this.#store.get(id);
     if (!record?.unsent) return;
     if (record.deleted) {
-      if (record.base) await server.deleteConversation(id).catch(unlessMissing);
+      await server.deleteConversation(id).catch(unlessMissing); // it may have it without a base: its answer was lost
       await this.#inTurn(() => this.#store.change(id, (now) => (now?.deleted ? undefined : now)));
       return;
     }
@@ -149,8 +182,7 @@ export class Library {
       await this.#inTurn(() => this.#confirm(id, record, { ...record.doc, revision: answer.revision }));
     } catch (error) {
       if (error.status !== 409) throw error;
-      const theirs = await server.getConversation(id);
-      await this.#inTurn(() => this.#receive(id, theirs));
+      await this.fetchOne(id);
       await this.#sendOne(id);
     }
   }
@@ -164,23 +196,26 @@ export class Library {
     if (record && this.#seen.get(id)?.writes === record.writes - 1) this.#seen.set(id, record);
   }
 
-  /** The server has another document than we thought: ours becomes both. */
+  /**
+   * The server has another document than we thought: ours becomes both. One of an older revision than it had, from a
+   * copy of its folder, says nothing of what was deleted: everything that either side has stays, and is sent.
+   */
   async #receive(id, theirs) {
     let met = null;
     const record = await this.#store.change(id, (now) => {
       met = null;
       if (!now) return { id, doc: theirs, base: theirs, unsent: false, deleted: false };
       if (now.deleted) return now;
-      if (now.base?.revision !== theirs.revision) met = { ...merge(now.base, now.doc, theirs), unsent: now.unsent };
-      return { ...now, doc: met?.doc ?? now.doc, base: theirs };
+      const older = theirs.revision < (now.base?.revision ?? 0);
+      const unsent = now.unsent || older;
+      if (now.base?.revision !== theirs.revision) met = { ...merge(older ? null : now.base, now.doc, theirs), unsent };
+      return { ...now, doc: met?.doc ?? now.doc, base: theirs, unsent };
     });
     if (!met) return;
     this.#channel.postMessage(id);
-    const seen = this.#seen.get(id);
-    if (!seen) return;
-    this.#seen.set(id, record);
-    this.#adopt(record.doc, seen.doc);
-    if (met.unsent && met.both) this.#page.met(met);
+    const open = this.#takeIn(record);
+    if (met.unsent) this.sendSoon();
+    if (open && met.unsent && met.both) this.#page.met(met);
   }
 
   /** Another tab wrote or deleted this conversation. */
@@ -194,10 +229,18 @@ export class Library {
         this.#seen.delete(id);
         this.#page.changed(id, null);
       } else {
-        this.#seen.set(id, record);
-        this.#adopt(record.doc, seen.doc);
+        this.#takeIn(record);
       }
     });
+  }
+
+  /** What is kept became another document than this tab last saw: the tab's own takes it in. False: it never saw it. */
+  #takeIn(record) {
+    const seen = this.#seen.get(record.id);
+    if (!seen) return false;
+    this.#seen.set(record.id, record);
+    this.#adopt(record.doc, seen.doc);
+    return true;
   }
 
   /** Makes `doc` this tab's document, together with what this tab changed since `base`. */
@@ -216,8 +259,30 @@ export class Library {
 
 export const lastAsked = (doc) => Object.values(doc.nodes).reduce((last, { created }) => (created > last ? created : last), "");
 
+function unlessAway(error) {
+  if (!(error instanceof server.ServerError) || [0, 401].includes(error.status)) throw error;
+}
+
 function unlessMissing(error) {
   if (error.status !== 404) throw error;
 }
 
-const oneTabAtATime = (id, work) => (navigator.locks ? navigator.locks.request(`send ${id}`, work) : work());
+/** Without locks, as on plain HTTP from another machine, or where cookies are refused, tabs send side by side. */
+async function oneTabAtATime(id, work) {
+  let began = false;
+  try {
+    return await navigator.locks.request(`send ${id}`, () => ((began = true), work()));
+  } catch (error) {
+    if (began) throw error;
+    return work();
+  }
+}
+
+/** Tells the other tabs; where cookies are refused a browser may have none of it. */
+function openChannel() {
+  try {
+    return new BroadcastChannel("conversations");
+  } catch {
+    return { addEventListener() {}, postMessage() {} };
+  }
+}

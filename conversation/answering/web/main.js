@@ -26,7 +26,9 @@ import { Undo } from "./undo.js";
 
 // --- the library and the reader ---------------------------------------------------------------------------------------
 
-const store = await openBrowserStore();
+const store = await openBrowserStore(() =>
+  notify("This browser keeps nothing any more: its storage is full or was closed. What the server does not get is lost when you leave.", { kind: "error", topic: "kept" }),
+);
 const library = new Library(store, {
   mine: (id) => (reader.doc?.id === id ? reader.doc : null),
   changed(id, doc) {
@@ -82,6 +84,7 @@ const actions = {
 
   start() {
     shelfPanel.close();
+    if (reader.doc) history.pushState(null, "", location.href);
     reader.open(null);
     composer.cancel();
     composer.focus();
@@ -123,12 +126,13 @@ const actions = {
   },
 
   async saveTree() {
-    const made = reader.doc && (await treeFor(reader.doc));
+    const { doc } = reader; // the reader may go on to another one meanwhile
+    const made = doc && (await treeFor(doc));
     if (!made) return;
-    await library.save(reader.doc);
-    await library.send();
+    await library.save(doc);
     try {
-      const { path, warnings } = await server.saveTrainingTree(reader.doc.id, made.leaveOut);
+      await library.sendOne(doc.id);
+      const { path, warnings } = await server.saveTrainingTree(doc.id, made.leaveOut);
       notify([`Saved as ${path}.`, ...(warnings ?? [])].join(" "), { topic: "saved", stays: true });
     } catch (error) {
       const { problems } = error.body?.error ?? {};
@@ -138,7 +142,7 @@ const actions = {
   },
 
   async exportTree() {
-    const made = await treeFor(reader.doc);
+    const made = reader.doc && (await treeFor(reader.doc));
     if (!made) return;
     saveTree(made);
     if (made.left) notify(`${made.left} ${made.left === 1 ? "answer stays" : "answers stay"} out of the tree: drafts, second answers, what is marked bad.`);
@@ -162,8 +166,8 @@ const reading = new Reading(byId("reading"), reader, actions);
 const composer = new Composer(byId("composer"), reader, status.element);
 const map = new ConversationMap(byId("map-panel"), {
   go: (id, how) => {
-    reader.go(id, how);
     if (how.focus) mapPanel.close();
+    reader.go(id, how);
   },
   close: mapPanel.close,
 });
@@ -171,6 +175,11 @@ const shelf = new Shelf(byId("shelf"), { open: (id) => openConversation(id), sta
 const menu = fillMenu(byId("menu"), actions);
 for (const [id, name] of [["open-shelf", "menu"], ["open-search", "search"], ["open-map", "map"], ["open-menu", "more"]]) byId(id).prepend(icon(name));
 byId("open-search").addEventListener("click", actions.search);
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // as an address it would be another conversation's
+  byId("question")?.focus();
+});
+document.addEventListener("visibilitychange", () => document.hidden || reader.prefetchHere());
 listenToKeys(actions, () => settings.keys);
 
 function render({ focus = false } = {}) {
@@ -182,7 +191,11 @@ function render({ focus = false } = {}) {
   status.setGain(gains.summary());
   byId("title").textContent = doc?.title ?? "New conversation";
   document.title = doc ? `${doc.title} – Conversation` : "Conversation";
-  history.replaceState(null, "", doc ? `#${doc.id}/${doc.current}` : location.pathname + location.search);
+  const address = doc ? `#${doc.id}/${doc.current}` : "";
+  if (address === location.hash || (!doc && wanted)) return;
+  const [before] = addressed();
+  if (doc && before && before !== doc.id) history.pushState(null, "", address); // the way back leads to the one before
+  else history.replaceState(null, "", address || location.pathname + location.search);
 }
 
 async function renderShelf() {
@@ -191,10 +204,9 @@ async function renderShelf() {
 
 // --- opening and importing ----------------------------------------------------------------------------------------------
 
-async function openConversation(id, nodeId = null, { focus = true, push = true } = {}) {
+async function openConversation(id, nodeId = null, { focus = true } = {}) {
   const doc = await library.open(id);
   if (!doc) return false;
-  if (push && reader.doc && doc.id !== reader.doc.id) history.pushState(null, "", location.href);
   reader.open(nodeId && nodeOf(doc, nodeId) ? { ...doc, current: nodeId } : repaired(doc), { focus });
   shelfPanel.close();
   renderShelf();
@@ -203,12 +215,29 @@ async function openConversation(id, nodeId = null, { focus = true, push = true }
 
 const repaired = (doc) => (nodeOf(doc, doc.current) ? doc : { ...doc, current: rootOf(doc).id });
 
-const addressed = () => location.hash.slice(1).split("/");
+/** [conversation, node] of the address; empty if it names none. */
+const addressed = () => (/^#[0-9a-f-]{36}(\/|$)/.test(location.hash) ? location.hash.slice(1).split("/") : []);
+
+let wanted = null; // an address that this browser does not know yet
 
 addEventListener("popstate", async () => {
   const [id, node] = addressed();
-  if (!id || !(await openConversation(id, node, { push: false }))) reader.open(null);
+  if (!id && location.hash) return; // a place on the page
+  if (!id || !(await openConversation(id, node))) reader.open(null);
 });
+
+/** Opens what the address of the page asked for, which only the server may have. */
+async function openWanted() {
+  const [id, node] = wanted;
+  try {
+    await library.fetchOne(id);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    notify("There is no conversation of this address, neither in this browser nor on the server.");
+  }
+  wanted = null;
+  if (reader.doc || !(await openConversation(id, node, { focus: false }))) render();
+}
 
 async function importAll(results) {
   for (const { file, doc, notes, problem } of results) {
@@ -221,8 +250,10 @@ async function importAll(results) {
   }
 }
 
-document.addEventListener("dragover", (event) => event.preventDefault());
+const bringsFiles = (event) => event.dataTransfer.types.includes("Files"); // a text may be dragged into a field
+document.addEventListener("dragover", (event) => bringsFiles(event) && event.preventDefault());
 document.addEventListener("drop", async (event) => {
+  if (!bringsFiles(event)) return;
   event.preventDefault();
   importAll(await Promise.all([...event.dataTransfer.files].map(readFile)));
 });
@@ -242,6 +273,7 @@ const connection = new Connection(async (state, before) => {
     status.setConnection(state, connection.model);
     composer.limits = { ...composer.limits, ...limits };
     composer.render();
+    if (wanted) await openWanted();
     await library.fetch();
   } catch (error) {
     if (!(error instanceof server.ServerError)) throw error;
@@ -255,12 +287,11 @@ const connection = new Connection(async (state, before) => {
 status.setConnection("unknown", "");
 if (store.kept) await library.recover();
 const [id, node] = addressed();
-const opened = id && (await openConversation(id, node, { focus: false }));
-if (!opened) {
+if (!id || !(await openConversation(id, node, { focus: false }))) {
+  if (id) wanted = [id, node];
   render();
   if (matchMedia("(hover: hover)").matches) composer.focus(); // on a touch screen that would open the keyboard
 }
 renderShelf();
 await connection.check();
-if (id && !opened) await openConversation(id, node, { focus: false });
 if (!store.kept) notify("This browser keeps nothing for this page: what the server does not get is lost when you leave.", { kind: "error" });

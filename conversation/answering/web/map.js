@@ -39,7 +39,7 @@ export class ConversationMap {
     const starred = new Set(rows.filter(({ node }) => node.favourite).flatMap(({ node }) => pathTo(doc, node.id).map(({ id }) => id)));
     const items = rows.map((row) => this.#item(row, doc, path));
     this.#items = new Map(rows.map(({ node }, i) => [node.id, items[i]]));
-    const map = h("div", { class: "map", role: "tree", "aria-label": "Questions of this conversation" }, ...items);
+    const map = h("div", { role: "tree", "aria-label": "Questions of this conversation" }, ...items);
     const scrolled = this.#body.scrollTop;
     this.#body.replaceChildren(h("div", { class: "map" }, lines(rows, path, starred), map));
     this.#body.scrollTop = scrolled;

@@ -1,4 +1,4 @@
-// Two tabs changed one conversation: a three-way merge, node by node, in which nothing is lost.
+// Two tabs, or a tab and the server, changed one conversation: a three-way merge, node by node.
 //
 // A node that one side added stays. A node that one side deleted goes, unless the other side changed it or added below
 // it. Where both sides changed the words of one answer, theirs stays and ours stands beside it as a sibling.
@@ -27,7 +27,7 @@ export function merge(base, ours, theirs) {
     }
   }
   keepParents(nodes, ours, theirs);
-  const copied = copies.map((node) => placeCopy(nodes, node));
+  const copied = copies.filter(({ id }) => Object.hasOwn(nodes, id)).map((node) => placeCopy(nodes, node));
   const pick = (field) => (base && same(ours[field], base[field]) ? theirs[field] : ours[field]);
   const doc = { ...theirs, title: pick("title"), nodes, current: firstThatExists(nodes, ours, theirs) };
   return { doc, copies: copied, both: !(base && (same(base.nodes, ours.nodes) || same(base.nodes, theirs.nodes))) };
@@ -69,9 +69,18 @@ const sum = (before, our, their) => (before === undefined || our === their ? Mat
 function keepParents(nodes, ours, theirs) {
   for (const node of Object.values(nodes)) {
     for (let id = node.parent; id !== null && !Object.hasOwn(nodes, id); id = nodes[id].parent) {
-      nodes[id] = nodeOf(ours, id) ?? nodeOf(theirs, id);
+      const parent = nodeOf(ours, id) ?? nodeOf(theirs, id);
+      if (!parent) break; // neither side has it
+      nodes[id] = parent;
     }
   }
+  dropOrphans(nodes);
+}
+
+/** A node whose parents are nowhere, as an older version of this page left them, has no place in the tree. */
+function dropOrphans(nodes) {
+  const isOrphan = ({ parent }) => parent !== null && !Object.hasOwn(nodes, parent);
+  for (let orphan; (orphan = Object.values(nodes).find(isOrphan)); ) delete nodes[orphan.id];
 }
 
 /** Our words of a node that has theirs: a sibling, or, for a root, which has none, a child of it. */

@@ -2,6 +2,7 @@
 
 import { byId, h, icon } from "./dom.js";
 
+const MOST = 3; // at once; what stays until it is closed is not counted out
 const STAYS = 9000; // milliseconds; not while the pointer or the focus is on it
 
 /** Read out by screen readers, not shown. */
@@ -16,10 +17,12 @@ export function announce(text) {
  * it is closed, as an error is. */
 export function notify(text, { action = null, kind = "info", topic = null, stays = kind === "error" } = {}) {
   const region = byId("notices");
-  for (const each of region.children) if (topic && each.dataset.topic === topic) each.remove();
+  if (topic) dismiss(topic);
   const close = () => {
     clearTimeout(timer);
+    const focused = notice.contains(document.activeElement);
     notice.remove();
+    if (focused) byId("question")?.focus({ preventScroll: true });
   };
   const act = () => {
     close();
@@ -27,7 +30,7 @@ export function notify(text, { action = null, kind = "info", topic = null, stays
   };
   const notice = h(
     "div",
-    { class: `notice ${kind}`, "data-topic": topic },
+    { class: `notice ${kind}`, "data-topic": topic, "data-stays": stays },
     h("p", {}, text),
     action && h("button", { type: "button", on: { click: act } }, action.label),
     h("button", { class: "close", type: "button", "aria-label": "Close this notice", on: { click: close } }, icon("close")),
@@ -40,7 +43,8 @@ export function notify(text, { action = null, kind = "info", topic = null, stays
   for (const event of ["mouseenter", "focusin"]) notice.addEventListener(event, () => clearTimeout(timer));
   for (const event of ["mouseleave", "focusout"]) notice.addEventListener(event, start);
   region.append(notice);
-  while (region.childElementCount > 3) region.firstElementChild.remove();
+  const passing = region.querySelectorAll(".notice:not([data-stays])");
+  for (const each of [...passing].slice(0, Math.max(0, region.childElementCount - MOST))) if (each !== notice) each.remove();
   start();
   announce(text);
   return close;

@@ -1,10 +1,11 @@
-// The shelf and the map on narrow screens: panels that a button opens over the page, one at a time. Escape closes them.
+// The shelf and the map on narrow screens: panels that a button opens over the page, one at a time. Escape closes them,
+// and so does a focus that goes on to what lies behind.
 
 import { byId } from "./dom.js";
 
 const open = new Set(); // the panels that are open
 
-/** `open()` and `close()` for a panel with its button; on wide screens it is always there and both do little. */
+/** `open()` and `close()` for a panel with its button; where it covers nothing it is always there, and both do nothing. */
 export function panel(panelId, buttonId) {
   const [place, button] = [byId(panelId), byId(buttonId)];
   const covers = () => getComputedStyle(place).position === "fixed";
@@ -15,9 +16,10 @@ export function panel(panelId, buttonId) {
   const self = {
     open() {
       for (const other of open) if (other !== self) other.close();
+      if (!covers()) return;
       open.add(self);
       show(true);
-      if (covers()) place.querySelector("button, [tabindex='0']")?.focus();
+      place.querySelector("button, [tabindex='0']")?.focus();
     },
     close() {
       if (!open.delete(self)) return;
@@ -27,6 +29,7 @@ export function panel(panelId, buttonId) {
     },
     covers: () => open.has(self) && covers(),
   };
+  byId("main").addEventListener("focusin", () => covers() && self.close());
   button.addEventListener("click", () => (open.has(self) ? self.close() : self.open()));
   return self;
 }

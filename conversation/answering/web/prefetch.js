@@ -30,7 +30,7 @@ export class Prefetch {
       this.#answers.set(key, running);
       this.changed(node.id);
       await running.finished;
-      if (running.state !== "whole") this.#answers.delete(key);
+      if (running.state !== "whole" && this.#answers.get(key) === running) this.#answers.delete(key); // not a later one's
       this.changed(node.id);
       if (round !== this.#round || running.state === "failed") return;
     }
@@ -88,14 +88,13 @@ export class Gains {
     this.#answers.push({ took, waited, prefetched });
   }
 
-  /** {prefetched, asked, waitedFor: medians of waiting {prefetched, asked}, saved: sum}, or null before the first pick. */
+  /** {prefetched: how many, wait: {prefetched, asked}, medians, saved: a sum}, or null before the first answer. */
   summary() {
     const ahead = this.#answers.filter((each) => each.prefetched);
     const plain = this.#answers.filter((each) => !each.prefetched);
     if (!this.#answers.length) return null;
     return {
       prefetched: ahead.length,
-      asked: plain.length,
       wait: { prefetched: median(ahead.map((each) => each.waited)), asked: median(plain.map((each) => each.waited)) },
       saved: ahead.reduce((sum, { took, waited }) => sum + Math.max(0, took - waited), 0),
     };

@@ -41,10 +41,12 @@ export class Reader {
 
   /** Another tab or the server has another version of the open document. */
   replace(doc) {
-    const asks = this.doc && doc && this.doc.id === doc.id;
+    const before = this.doc;
     this.doc = doc;
-    if (!asks) this.prefetch.leave();
+    if (before?.id !== doc?.id) this.prefetch.leave();
+    else if (doc && tree.reworded(before, doc)) this.prefetch.forget();
     this.changed({});
+    this.prefetchHere();
   }
 
   // --- asking ---------------------------------------------------------------------------------------------------------
@@ -80,8 +82,7 @@ export class Reader {
     const { node } = this;
     if (!node || this.running(node.id)) return;
     if (node.state === "draft") {
-      this.#change(tree.changeNode(this.doc, node.id, { fragments: [], choices: [] }));
-      this.#receive(this.node, {});
+      this.#receive(node, {});
     } else if (tree.isRoot(node)) {
       this.#begin(node.question, anySeed());
     } else {
@@ -119,11 +120,9 @@ export class Reader {
     if (this.doc?.id !== id) return this.#takeElsewhere(id, nodeId, running);
     if (!tree.nodeOf(this.doc, nodeId)) return running.stop();
     const before = tree.nodeOf(this.doc, nodeId);
-    const { fragments, choices } = running;
-    const whole = running.state === "whole";
-    this.doc = tree.changeNode(this.doc, nodeId, { fragments, choices, state: whole ? "whole" : "draft" });
-    if (nodeId === this.doc.current) this.#readOut(before, running);
-    if (whole) {
+    this.doc = tree.received(this.doc, nodeId, running);
+    if (nodeId === this.doc.current) this.#readOut(running);
+    if (running.state === "whole") {
       this.gains.add({ took: running.took, waited: performance.now() - asked, prefetched });
       this.#running.delete(nodeId);
       this.#dropIfSame(nodeId);
@@ -132,14 +131,14 @@ export class Reader {
   }
 
   /** An answer of a conversation that is no longer open goes on arriving, into the browser's copy. */
-  async #takeElsewhere(id, nodeId, { fragments, choices, state }) {
-    const doc = await this.library.open(id);
-    if (!doc || !tree.nodeOf(doc, nodeId)) return;
-    this.library.save(tree.changeNode(doc, nodeId, { fragments, choices, state: state === "whole" ? "whole" : "draft" }));
+  #takeElsewhere(id, nodeId, { fragments, choices, state }) {
+    this.library.update(id, (doc) => (tree.nodeOf(doc, nodeId) ? tree.received(doc, nodeId, { fragments, choices, state }) : doc));
   }
 
-  #readOut(before, { fragments, choices, state, error }) {
-    for (const text of fragments.slice(before.fragments.length)) this.say.announce(text);
+  #readOut(running) {
+    const { fragments, choices, state, error } = running;
+    for (const text of fragments.slice(running.readOut)) this.say.announce(text);
+    running.readOut = fragments.length;
     if (state === "whole") {
       const list = choices.map(({ text, confidence }, i) => `${i + 1}: ${text} ${Math.round(confidence * 100)} percent.`);
       this.say.announce(`Follow-ups. ${list.join(" ")}`);
@@ -153,14 +152,17 @@ export class Reader {
     const twin = tree.siblingsOf(this.doc, node).find(
       (other) => other.id !== nodeId && other.question === node.question && tree.sameAnswer(other, node),
     );
-    if (!twin) return;
-    this.doc = tree.goTo(tree.withoutBranch(this.doc, nodeId), twin.id);
+    if (!twin || tree.childrenOf(this.doc, nodeId).length) return;
+    const here = this.doc.current === nodeId; // else one has gone on, and stays there
+    this.doc = tree.withoutBranch(this.doc, nodeId);
+    if (here) this.doc = tree.goTo(this.doc, twin.id);
     this.say.notify("The model gave the same answer again. It is kept once.");
   }
 
-  /** Ends the answer that is arriving: of the current node, else of any. What came stays as a draft. */
+  /** Ends the answer that is arriving: of the current node, else of another one of this conversation. What came stays as a draft. */
   stop() {
-    const running = this.running(this.doc?.current) ?? [...this.#running.values()].find((each) => !each.over);
+    const here = this.doc ? Object.keys(this.doc.nodes).map((id) => this.running(id)) : [];
+    const running = this.running(this.doc?.current) ?? here.find(Boolean);
     if (!running) return false;
     running.stop();
     this.say.announce("Stopped.");
@@ -201,10 +203,14 @@ export class Reader {
 
   // --- changing -------------------------------------------------------------------------------------------------------
 
-  correct(answer) {
+  /** Puts `answer` in the place of the current one. `shown` is the node as it was read: what changed since stays, too. */
+  correct(answer, shown) {
     this.prefetch.forget();
-    this.#change(tree.corrected(this.doc, this.node.id, answer), "the correction");
-    this.say.notify("Corrected.", { action: this.#undoAction(), topic: "change" });
+    const stale = !tree.sameAnswer(this.node, shown);
+    const change = stale ? tree.withOtherWords : tree.corrected;
+    this.#change(change(this.doc, this.node.id, answer), "the correction");
+    const twice = "This answer was changed elsewhere meanwhile. Both stay: yours stands beside it.";
+    this.say.notify(stale ? twice : "Corrected.", { action: this.#undoAction(), topic: "change" });
     this.#arrive({ focus: true });
   }
 
@@ -267,15 +273,16 @@ export class Reader {
   #keep({ focus = false, send = true }) {
     this.changed({ focus });
     this.library.save(this.doc, { send });
-    if (send) this.#prefetchHere();
+    if (send) this.prefetchHere();
   }
 
   #arrive({ focus }) {
     this.changed({ focus });
-    this.#prefetchHere();
+    this.prefetchHere();
   }
 
-  #prefetchHere() {
+  /** Fetches the follow-ups of the current node ahead, if nothing is in the way. */
+  prefetchHere() {
     if (this.node?.state === "whole") this.prefetch.follow(this.doc, this.node);
   }
 }

@@ -11,20 +11,26 @@ export class Reading {
   #column = h("div", { class: "column" });
   #shown = ""; // the current node's id and how many fragments it had, so that only new ones move
   #fragments = 0;
-  #correcting = null; // {id, form}
+  #follows = true; // whether what arrives is scrolled to: not for who scrolled away from it
+  #forms = new Map(); // node id -> the form in which it is being corrected, with what was typed, also while one is elsewhere
 
   /** `actions` are the reader's and the page's. */
   constructor(place, reader, actions) {
     Object.assign(this, { place, reader, actions });
     place.append(this.#column);
+    const scrolls = (event) => {
+      if (event.type === "keydown" && !["PageUp", "ArrowUp", "Home"].includes(event.key)) return;
+      if (event.type === "pointerdown" && event.target !== place) return; // the scroll bar's is the place itself
+      this.#follows = false;
+    };
+    for (const type of ["wheel", "touchmove", "pointerdown", "keydown"]) place.addEventListener(type, scrolls, { passive: true });
+    place.addEventListener("scrollend", () => (this.#follows ||= this.#showsEnd()));
   }
 
   render({ focus = false } = {}) {
     const { doc, node } = this.reader;
-    if (this.#correcting && this.#correcting.id !== node?.id) this.#correcting = null;
     const had = this.#column.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-    const editing = this.#correcting && this.#column.contains(this.#correcting.form);
-    if (editing && !focus) return; // a form that is being filled in stays as it is
+    if (!focus && this.#column.contains(this.#formOf(node))) return; // a form that is being filled in stays as it is
     const turns = doc ? tree.pathTo(doc, doc.current).map((each) => (each === node ? this.#turn(each) : this.#pastTurn(each))) : [this.#start()];
     this.#column.replaceChildren(...turns);
     if (focus) this.#focusQuestion();
@@ -37,29 +43,41 @@ export class Reading {
     const { node } = this.reader;
     if (!node || this.reader.running(node.id)) return;
     const close = () => {
-      this.#correcting = null;
+      this.#forms.delete(node.id);
       this.render({ focus: true });
     };
     const save = (answer) => {
-      this.#correcting = null;
-      this.reader.correct(answer);
+      this.#forms.delete(node.id);
+      this.reader.correct(answer, node);
     };
-    this.#correcting = { id: node.id, form: correctionForm(node, { save, close }) };
-    const turn = this.#column.lastElementChild;
-    turn.replaceChildren(turn.querySelector(".turn-head"), this.#correcting.form);
-    this.#correcting.form.querySelector("input").focus();
+    if (!this.#forms.has(node.id)) {
+      this.#forms.set(node.id, correctionForm(node, { save, close }));
+      this.render();
+    }
+    this.#formOf(node).querySelector("input").focus();
+  }
+
+  /** The form in which a node is being corrected; null if none is open, or its answer arrives anew. */
+  #formOf(node) {
+    return (node && !this.reader.running(node.id) ? this.#forms.get(node.id) : null) ?? null;
   }
 
   #focusQuestion() {
     byId("question")?.focus({ preventScroll: true });
   }
 
+  #showsEnd() {
+    const end = this.#column.lastElementChild?.lastElementChild;
+    return Boolean(end) && end.getBoundingClientRect().top < this.place.getBoundingClientRect().bottom;
+  }
+
   /** Keeps what is new in view: the question when one goes there, the end while an answer grows. */
   #follow(node) {
     const shown = node?.id ?? "";
     const grew = shown === this.#shown && node && node.fragments.length + node.choices.length > this.#fragments;
+    if (shown !== this.#shown) this.#follows = true;
     if (shown !== this.#shown) this.#column.lastElementChild?.scrollIntoView({ block: node?.parent ? "start" : "nearest" });
-    else if (grew) this.#column.lastElementChild.lastElementChild.scrollIntoView({ block: "nearest" });
+    else if (grew && this.#follows) this.#column.lastElementChild.lastElementChild.scrollIntoView({ block: "nearest" });
     this.#shown = shown;
     this.#fragments = node ? node.fragments.length + node.choices.length : 0;
   }
@@ -102,10 +120,13 @@ export class Reading {
     const known = node.id === this.#shown ? this.#fragments : node.fragments.length;
     const fragments = node.fragments.map((text, i) => h("p", { class: `fragment${i >= known ? " fresh" : ""}`, dir: "auto" }, text));
     const heading = h("h2", { id: "question", tabindex: "-1", "data-key": "question", dir: "auto" }, node.question);
+    const head = h("div", { class: "turn-head" }, heading, badges(node), this.#siblings(node));
+    const form = this.#formOf(node);
+    if (form) return h("article", { class: "turn now", "aria-labelledby": "question" }, head, form);
     return h(
       "article",
       { class: "turn now", "aria-labelledby": "question" },
-      h("div", { class: "turn-head" }, heading, badges(node), this.#siblings(node)),
+      head,
       h("div", { class: "answer", "aria-busy": String(Boolean(running)) }, ...fragments),
       running && coming(node, running),
       !running && node.state === "draft" && this.#unfinished(node),
@@ -153,7 +174,7 @@ export class Reading {
     );
     const edit = h(
       "button",
-      { class: "choice-edit", type: "button", title: "Edit before asking", "aria-label": `Edit “${text}” before asking`, on: { click: () => this.actions.editChoice(place) } },
+      { class: "choice-edit", type: "button", "data-key": `edit ${place}`, title: "Edit before asking", "aria-label": `Edit “${text}” before asking`, on: { click: () => this.actions.editChoice(place) } },
       icon("edit"),
     );
     return h("li", {}, button, edit);

@@ -3,7 +3,8 @@
 export const LIMITS = { question_root: 60, question_follow_up: 40, fragment: 80, fragments: 4, choices: 3, name: 60 };
 
 const NAME = /^[a-z0-9]+(?:_[a-z0-9]+)*$/;
-const CONTROL_CHARACTER = /[\u0000-\u001f\u007f-\u009f\u2028\u2029]/;
+const LINE_BREAK = /[\n-\r\u0085\u2028\u2029]/;
+const CONTROL_CHARACTER = /[\u0000-\u001f\u007f-\u009f]/;
 const CONTROL_TOKEN = new RegExp(
   "<(?:start_of_turn|end_of_turn|(?:start|end)_function_(?:declaration|call|response)|escape|bos|eos|pad|unk|mask)>",
 );
@@ -20,7 +21,8 @@ export const isName = (name) => typeof name === "string" && NAME.test(name) && n
 export function textProblem(text, limit) {
   if (typeof text !== "string" || !text.trim()) return "is empty";
   if (lengthOf(text) > limit) return `has ${lengthOf(text)} characters, ${limit} fit`;
-  if (CONTROL_CHARACTER.test(text)) return "is more than one line";
+  if (LINE_BREAK.test(text)) return "is more than one line";
+  if (CONTROL_CHARACTER.test(text)) return "holds a character that cannot be seen";
   if (text !== text.trim()) return "begins or ends with a space";
   const token = text.match(CONTROL_TOKEN);
   return token ? `holds the control token ${token[0]}` : null;

@@ -12,6 +12,7 @@ export class RunningAnswer {
   error = null;
   asked = performance.now();
   took = null; // milliseconds until the answer was whole
+  readOut = 0; // how many fragments were read out
   listener = () => {};
   #controller = new AbortController();
 

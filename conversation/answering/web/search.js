@@ -1,18 +1,23 @@
 // Search in the questions, answers and follow-ups of all conversations; a hit leads to its place in its tree.
 
+import { isRoot } from "./conversation.js";
 import { openDialog } from "./dialogs.js";
-import { h } from "./dom.js";
+import { composes, h } from "./dom.js";
 
 const MOST = 40;
 
-/** Nodes that hold every word of the query: [{doc, node, text}], hits in questions first, the open conversation first. */
+/**
+ * Nodes that hold every word of the query: [{doc, node, text}], hits in questions first, the open conversation first. A
+ * conversation's title counts as a text of its first question.
+ */
 export function search(docs, query) {
   const words = wordsOf(query);
   if (!words.length) return [];
   const hits = [];
   docs.forEach((doc, order) => {
     for (const node of Object.values(doc.nodes)) {
-      const texts = [node.question, ...node.fragments, ...node.choices.map((choice) => choice.text)];
+      const title = isRoot(node) && doc.title !== node.question ? [doc.title] : [];
+      const texts = [node.question, ...title, ...node.fragments, ...node.choices.map((choice) => choice.text)];
       const all = texts.join("\n").toLowerCase();
       if (!words.every((word) => all.includes(word))) continue;
       const text = texts.find((each) => words.some((word) => each.toLowerCase().includes(word)));
@@ -67,6 +72,7 @@ export function openSearch(coming) {
       };
       input.addEventListener("input", update);
       input.addEventListener("keydown", (event) => {
+        if (composes(event)) return;
         if (event.key === "ArrowDown") select(at + 1);
         else if (event.key === "ArrowUp") select(at - 1);
         else if (event.key === "Enter" && hits[at]) close(hits[at]);

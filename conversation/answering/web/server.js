@@ -16,6 +16,9 @@ function sentence(text) {
   return line[0].toUpperCase() + line.slice(1) + (/[.!?]$/.test(line) ? "" : ".");
 }
 
+const LONGEST_WAIT = 60_000; // milliseconds; not for an answer of the model
+const noAnswer = () => new ServerError("The server does not answer.", { hint: "What you do is kept in this browser." });
+
 async function request(method, path, { body, signal } = {}) {
   const headers = body === undefined ? {} : { "Content-Type": "application/json" };
   let response;
@@ -23,7 +26,7 @@ async function request(method, path, { body, signal } = {}) {
     response = await fetch(path, { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server does not answer.", { hint: "What you do is kept in this browser." });
+    throw noAnswer();
   }
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
@@ -35,7 +38,16 @@ async function request(method, path, { body, signal } = {}) {
   });
 }
 
-const json = async (...call) => (await request(...call)).json().catch(() => null);
+async function json(method, path, options) {
+  const response = await request(method, path, { signal: AbortSignal.timeout(LONGEST_WAIT), ...options });
+  if (response.status === 204) return null;
+  try {
+    return await response.json();
+  } catch {
+    throw noAnswer(); // it broke off, or took too long
+  }
+}
+
 const conversation = (id) => `api/conversations/${encodeURIComponent(id)}`;
 
 export const health = (signal) => json("GET", "health", { signal });

@@ -1,8 +1,11 @@
-// What the reader set: theme, prefetching, keys of one character. Kept in the browser.
+// What the reader set: theme, prefetching, keys of one character. Kept in the browser, under names of this program's own,
+// as another one may have been served from this address.
+
+const PREFIX = "conversation.";
 
 const read = (name, fallback) => {
   try {
-    return localStorage.getItem(name) ?? fallback;
+    return localStorage.getItem(PREFIX + name) ?? fallback;
   } catch {
     return fallback;
   }
@@ -10,7 +13,7 @@ const read = (name, fallback) => {
 
 const write = (name, value) => {
   try {
-    localStorage.setItem(name, value);
+    localStorage.setItem(PREFIX + name, value);
   } catch {
     // no storage: the setting lasts as long as the page
   }

@@ -24,9 +24,9 @@ export async function treeFor(doc) {
   }
 }
 
-/** A tree has room for three follow-ups: which of the questions asked stay in it? Gives the ids of the others. */
+/** A tree has room for three follow-ups: which of the questions asked stay in it? Gives the ids of all answers to the others. */
 async function askWhichStayOut({ node, questions }) {
-  const boxes = questions.map((child, i) => h("input", { type: "checkbox", id: `stay-${i}`, checked: i < LIMITS.choices }));
+  const boxes = questions.map((_, i) => h("input", { type: "checkbox", id: `stay-${i}`, checked: i < LIMITS.choices }));
   const count = h("p", { role: "status" });
   const update = () => {
     const chosen = boxes.filter((box) => box.checked).length;
@@ -39,17 +39,17 @@ async function askWhichStayOut({ node, questions }) {
     title: "Which questions stay in the tree?",
     body: [
       h("p", {}, `An answer in a tree has three follow-ups. After “${node.question}” you asked ${questions.length}. The others stay in your conversation.`),
-      ...questions.map((child, i) => h("label", { class: "pick" }, boxes[i], h("span", { dir: "auto" }, child.question))),
+      ...questions.map(({ question }, i) => h("label", { class: "pick" }, boxes[i], h("span", { dir: "auto" }, question))),
       count,
     ],
     buttons: [
       { label: "Cancel", value: null },
-      { label: "Go on", solid: true, value: () => questions.filter((_, i) => !boxes[i].checked).map(({ id }) => id) },
+      { label: "Go on", solid: true, value: () => questions.filter((_, i) => !boxes[i].checked).flatMap(({ ids }) => ids) },
     ],
   });
 }
 
-export function sayProblems(title, problems, hint = "Correct the answers (key t) or mark them as bad (key b): what is bad stays out.") {
+export function sayProblems(title, problems, hint = "Correct the answers (key t), ask the questions in other words (key e), or mark what is to stay out as bad (key b).") {
   return openDialog({
     title,
     body: [h("ul", { class: "problems" }, ...problems.map((each) => h("li", {}, each))), h("p", {}, hint)],

@@ -1,8 +1,8 @@
 // A conversation as a tree file (data/conversation_tree.schema.json), and a tree file as a conversation.
 //
 // A tree has one answer to a question, exactly three follow-ups a node, and no orphans. So an own question takes the
-// place of the least likely follow-up that nobody followed; of several answers to one question the best marked, then
-// the newest stands; drafts and what was marked bad stay out.
+// place of the least likely follow-up that nobody followed; of several answers to one question one marked good, else on
+// a marked path, else corrected, else the newest stands; drafts and what was marked bad stay out.
 
 import { childrenByParent, newConversation, newNode, rootOf, withNode } from "./conversation.js";
 import { LIMITS, answerProblems, isName, textProblem } from "./rules.js";
@@ -11,7 +11,8 @@ import { LIMITS, answerProblems, isName, textProblem } from "./rules.js";
 
 /**
  * Gives {name, tree, problems, crowded, left}: the root's name, the file's content, what the reader would refuse
- * (sentences), nodes with more followed questions than places [{node, questions}], and how many answers stay out.
+ * (sentences), nodes with more followed questions than places [{node, questions: [{question, ids}]}], with the ids of
+ * all answers to each, and how many answers stay out.
  * `leaveOut` holds ids of nodes that the user does not want in it.
  */
 export function toTree(doc, leaveOut = new Set()) {
@@ -30,11 +31,18 @@ export function toTree(doc, leaveOut = new Set()) {
 
   function add(node, nodeName) {
     count += 1;
-    for (const { place, problem } of answerProblems(node)) report(problems, `“${node.question}”, ${place}`, problem);
     const places = takePlaces(node, (children.get(node.id) ?? []).filter(kept));
-    if (places.length > LIMITS.choices) crowded.push({ node, questions: places.map(({ child }) => child) });
+    if (places.length > LIMITS.choices) crowded.push({ node, questions: places.map(({ child, ids }) => ({ question: child.question, ids })) });
     const choices = node.choices.map((choice) => ({ ...choice, confidence: Math.round(choice.confidence * 100) / 100 }));
-    for (const { child, place } of places) if (place !== null) choices[place].text = child.question;
+    const own = new Map(); // the form's name of a choice -> the reader's question that takes its place
+    for (const { child, place } of places) {
+      if (place === null) continue;
+      if (choices[place].text !== child.question) own.set(`text ${place}`, `your question “${child.question}”`);
+      choices[place].text = child.question;
+    }
+    for (const { place, problem } of answerProblems({ fragments: node.fragments, choices })) {
+      report(problems, `“${node.question}”, ${own.get(place) ?? place}`, problem);
+    }
     for (const choice of choices) choice.target = uniqueName(choice.target, nodeName, used);
     tree.nodes[nodeName] = { texts: node.fragments, choices: choices.map(({ text, confidence, target }) => ({ text, confidence, target })) };
     for (const { child, place } of places) if (place !== null) add(child, choices[place].target);
@@ -43,25 +51,26 @@ export function toTree(doc, leaveOut = new Set()) {
   return { name, tree, problems, crowded, left: Object.keys(doc.nodes).length - count };
 }
 
-/** Which child follows which choice: [{child, place}]; place null where all three are taken. */
+/** Which child follows which choice: [{child, ids, place}], the best of the answers `ids`; place null where all three are taken. */
 function takePlaces(node, children) {
   const groups = new Map();
   for (const child of children) {
     const key = child.from_choice === null ? `own ${child.question.trim().toLowerCase()}` : String(child.from_choice);
-    const best = groups.get(key);
-    groups.set(key, best && worth(best) > worth(child) ? best : child); // the later one where they are worth the same
+    const { child: best, ids } = groups.get(key) ?? { child, ids: [] };
+    groups.set(key, { child: worth(best) > worth(child) ? best : child, ids: [...ids, child.id] }); // worth the same: the later one
   }
-  const followed = [...groups.values()].filter((child) => child.from_choice !== null);
-  const own = [...groups.values()].filter((child) => child.from_choice === null);
-  const free = node.choices.map((_, i) => i).filter((i) => !followed.some((child) => child.from_choice === i));
+  const followed = [...groups.values()].filter(({ child }) => child.from_choice !== null);
+  const own = [...groups.values()].filter(({ child }) => child.from_choice === null);
+  const free = node.choices.map((_, i) => i).filter((i) => !followed.some(({ child }) => child.from_choice === i));
   free.sort((a, b) => node.choices[a].confidence - node.choices[b].confidence || b - a);
   return [
-    ...followed.map((child) => ({ child, place: child.from_choice })),
-    ...own.map((child, i) => ({ child, place: free[i] ?? null })),
+    ...followed.map((group) => ({ ...group, place: group.child.from_choice })),
+    ...own.map((group, i) => ({ ...group, place: free[i] ?? null })),
   ];
 }
 
-const worth = (node) => 4 * (node.mark === "good") + 2 * node.corrected + node.favourite;
+/** As the server judges (conversation/data/own_trees.py). */
+const worth = (node) => 4 * (node.mark === "good") + 2 * node.favourite + node.corrected;
 
 function report(problems, subject, problem) {
   if (problem) problems.push(`${subject} ${problem}.`);
