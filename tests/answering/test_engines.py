@@ -5,18 +5,15 @@ import json
 import shutil
 import sys
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
 
-from conversation.answering import asking, decoding, engines, prefix_cache
+from conversation.answering import asking, decoding, engines
 from conversation.answering.decoding import CONSTRAINED, GREEDY, Decoding, generate_answer
 from conversation.answering.engines import CONTEXT, open_engine
 from conversation.answering.llama_cpp_reading import GgufVocabulary
 from conversation.answering.prefix_cache import PrefixCache
-from conversation.answering.reading import TransformersMemory
 from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocabulary
 from conversation.data.questions import THREE_CASES
 from conversation.errors import UserError
@@ -171,77 +168,6 @@ def test_an_abandoned_stream_leaves_the_next_one_right(engine):
     assert [*whole[0].fragments[1:], *whole[0].follow_ups] == [
         written.content for written in abandoned
     ]  # and can even be taken up again
-
-
-def test_a_prompt_whose_reading_broke_off_is_read_anew(merged):
-    """As when a GPU has no memory left in the middle of a pass: some layers have read the tokens, others have not."""
-    model = load_model(merged).eval()
-    cache = PrefixCache(lambda: TransformersMemory(model))
-    contexts = [[2, 30, 31, 32, 33], [2, 30, 40]]
-
-    def read(answer):
-        with cache.reader(contexts, lambda: False) as reader:
-            return reader.logits(answer)
-
-    expected = read([50, 51])
-    for contexts[0] in ([2, 30, 31, 32, 33], [2, 30, 31, 34, 35, 36]):  # one that is kept, and one that is new
-        for calls in (0, 2, 5):  # of four layers, for each of two contexts
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(DynamicCache, "update", failing_after(calls, DynamicCache.update))
-                with pytest.raises(RuntimeError, match="out of memory"):
-                    read([50, 51])
-            found = read([50, 51])
-            assert found[1] == pytest.approx(expected[1], abs=1e-4)
-            if contexts[0][3] == 32:
-                assert found[0] == pytest.approx(expected[0], abs=1e-4)
-
-
-def failing_after(calls, function):
-    left = iter(range(calls))
-
-    def failing(*arguments, **options):
-        if next(left, None) is None:
-            raise RuntimeError("out of memory")
-        return function(*arguments, **options)
-
-    return failing
-
-
-def test_only_the_last_prompts_are_kept(monkeypatch):
-    monkeypatch.setattr(prefix_cache, "KEPT", 3)
-    living = set()
-
-    class Tokens:
-        """Remembers its tokens. Its logits are those."""
-
-        def __init__(self, ids=()):
-            self.ids = list(ids)
-            living.add(self)
-
-        def extend(self, ids):
-            self.ids += ids
-            return np.array(self.ids, dtype=np.float32)
-
-        def cut(self, length):
-            assert length < len(self.ids)
-            del self.ids[length:]
-
-        def copy(self, length):
-            return Tokens(self.ids[:length])
-
-        def free(self):
-            living.remove(self)
-
-    cache = PrefixCache(Tokens)
-    generator = np.random.default_rng(0)
-    for _ in range(300):
-        context = [0, *generator.integers(0, 3, size=generator.integers(1, 8)).tolist()]
-        with cache.reader([context], lambda: False) as reader:
-            for _ in range(3):
-                answer = generator.integers(0, 3, size=generator.integers(1, 6)).tolist()
-                assert reader.logits(answer).tolist() == [[*context, *answer]]
-        assert len(living) <= 3
-    assert len(living) == 3
 
 
 @pytest.mark.parametrize("how", [GREEDY, BEST_OF_N, Decoding("sampled")], ids=lambda how: how.method)
