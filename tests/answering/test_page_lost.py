@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from page_browser import (
     FIRST,
     QUESTION,
@@ -126,6 +127,41 @@ def test_an_answer_goes_on_in_a_conversation_that_is_left_and_come_back_to(brows
         arrived(page, QUESTION)
         assert len(fragments(page)) == 4
         server.document(lambda found: "'whole'" in str(found))
+
+
+BACKGROUND = """
+const { Library } = await import('/static/library.js');
+const [document, first] = given;
+const records = new Map([["x", { id: "x", doc: document, base: null, unsent: false, deleted: false, writes: 1 }]]);
+const slow = () => new Promise((resolve) => setTimeout(resolve, 5));
+const store = {
+  kept: true,
+  all: async () => [],
+  async get(id) { const found = records.get(id); await slow(); return found; },
+  async change(id, change) {
+    await slow();
+    const before = records.get(id);
+    records.set(id, { ...change(before), writes: before.writes + 1 });
+    return records.get(id);
+  },
+};
+let mine = null; // what the reader has open
+const page = { mine: () => mine, changed: (id, doc) => (mine = doc), met() {}, sent() {}, listed() {} };
+const library = new Library(store, page);
+const open = () => library.open("x").then((doc) => (mine = doc));
+const whole = { fragments: ["one", "two"], state: "whole" };
+const end = () => library.update("x", (doc) => tree.changeNode(doc, "root", whole));
+await Promise.all(first === "open" ? [open(), end()] : [end(), open()]);
+await library.save(tree.changeNode(mine, "root", { mark: "good" }));
+return [mine, records.get("x").doc].map(({ nodes }) => nodes.root);
+"""
+
+
+@pytest.mark.parametrize("first", ["open", "end"])
+def test_who_comes_back_in_the_moment_an_answer_ends_has_its_end(modules, first):
+    draft = tree(node("root", None, state="draft", fragments=["one"]))
+    shown, stored = modules(TREE + BACKGROUND, [draft, first])
+    assert shown["fragments"] == stored["fragments"] == ["one", "two"] and stored["state"] == "whole"
 
 
 # --- storage that fails ----------------------------------------------------------------------------------------------
