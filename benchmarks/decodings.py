@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -89,7 +90,7 @@ def measure(model: Any, tokenizer: Any, cases: Sequence[HeldOutCase], decoding: 
         "distinct_follow_ups": figures.share(verdict.has_distinct_follow_ups for verdict in verdicts),
         "distinct_2": figures.distinct_2(answers),
         "stock_only": figures.stock_only(answers),
-        **relevance_of(cases, verdicts),
+        **relevance_of(verdicts),
         "seconds": round(seconds, 1),
         "answers": [
             {
@@ -103,18 +104,14 @@ def measure(model: Any, tokenizer: Any, cases: Sequence[HeldOutCase], decoding: 
     }
 
 
-def relevance_of(cases: Sequence[HeldOutCase], verdicts: Sequence[Verdict]) -> dict[str, float | None]:
+def relevance_of(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
     """The mean cosine of the questions of a conversation so far with the answer's fragments, and its follow-ups."""
     from conversation.answering.evaluation import Relevance
 
-    near, prompts = Relevance(short=False), [case.prompt for case in cases]
-    answers = [verdict.answer for verdict in verdicts]
-    texts = {
-        "answer_relevance": [answer.fragments if answer else None for answer in answers],
-        "follow_up_relevance": [tuple(e.text for e in answer.follow_ups) if answer else None for answer in answers],
-    }
-    found = {name: [v for v in near.similarities(prompts, of) if v is not None] for name, of in texts.items()}
-    return {name: sum(values) / len(values) if values else None for name, values in found.items()}
+    near = Relevance(short=False)
+    found = {"answer_relevance": near.of_answers(verdicts), "follow_up_relevance": near.of_follow_ups(verdicts)}
+    measured = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: fmean(values) if values else None for name, values in measured.items()}
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -96,7 +96,7 @@ def one_input(data: bytes) -> None:
     try:
         target(as_text(data[1:]) if target in TEXT_TARGETS else data[1:])
     except EXPECTED as error:
-        if type(error) not in (*EXPECTED, strict_json.JsonError):
+        if type(error) not in (*EXPECTED, strict_json.JsonError, strict_json.NotJson):
             raise
         str(error).encode(errors="backslashreplace")
 

@@ -85,6 +85,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """A model folder's config as the library reads it. Raises UserError when it cannot."""
     from transformers import AutoConfig
 
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder / 'config.json'} is missing", "fetch or make the model again")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises whatever its parsers and validators raise

@@ -148,7 +148,7 @@ def test_what_is_sampled_depends_on_the_prompt_and_not_on_what_else_is_asked(loa
 
 
 def test_greedy_and_sampled_answers_together_are_those_of_each(loaded, monkeypatch):
-    monkeypatch.setattr(decoding, "_within_the_grammar", lambda model, tokenizer, prompt, how: [7])
+    monkeypatch.setattr(decoding, "_within_the_grammar", lambda model, tokenizer, prompt, how, draw: [7])
     both = generate_with_each(*loaded, PROMPTS, [SAMPLED, decoding.CONSTRAINED, decoding.GREEDY])
     assert both == {how: generate_answers(*loaded, PROMPTS, how) for how in (decoding.GREEDY, SAMPLED)} | {
         decoding.CONSTRAINED: [[7]] * 3

@@ -10,7 +10,7 @@ def test_a_training_tree_is_made_of_the_conversation_that_was_open_when_it_was_a
     ask(page)
     first = server.document()["id"]
     held = []
-    page.route("**/api/conversations/*", held.append)
+    page.route("**/api/conversations/*", lambda route: held.append(route))
     press(page, "g", "s", "n")
     page.locator(".start").wait_for()
     until(page, lambda: held)
