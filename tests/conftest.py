@@ -31,6 +31,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+LONGEST = ("test_stand_in.py", "test_interruption.py", "test_shared_prefix.py", "test_training.py", "test_processes.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of minutes come first: else one process would work on the last of them alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def own_examples():
     """The project's own training examples."""
