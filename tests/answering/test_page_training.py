@@ -3,21 +3,15 @@
 import json
 from itertools import pairwise
 
-from page_browser import a_page, ask, node, press, tree, until
+from page_browser import a_page, ask, node, press, tree
 
 
 def test_a_training_tree_is_made_of_the_conversation_that_was_open_when_it_was_asked_for(page, server):
     ask(page)
     first = server.document()["id"]
-    held, passing = [], []
-    page.route("**/api/conversations/*", lambda route: route.continue_() if passing else held.append(route))
-    press(page, "g", "s", "n")
-    page.locator(".start").wait_for()
-    until(page, lambda: held)
-    passing.append(True)
-    with page.expect_request("**/training_tree") as request:
-        for route in held:
-            route.continue_()
+    with page.expect_request("**/training_tree") as request, server.held():
+        press(page, "g", "s", "n")
+        page.locator(".start").wait_for()
     assert first in request.value.url
     page.locator(".notice", has_text="Saved as").wait_for()
 
