@@ -285,13 +285,18 @@ def cache_folder() -> Path:
     )
 
 
+def without_passwords(text: str) -> str:
+    """A text whose addresses show no user and no password."""
+    return re.sub(r"//[^/\s]*@", "//...@", text)
+
+
 def hub_settings(environ: Mapping[str, str]) -> list[str]:
     """What is set for the hub's client and the network, as NAME=value; passwords and tokens are not shown."""
     found = []
     for name, value in sorted(environ.items()):
         if not value or not _OF_THE_HUB.fullmatch(name) or _NOT_OF_THE_NETWORK.fullmatch(name):
             continue
-        hidden = "..." if "TOKEN" in name else re.sub(r"//[^/\s]*@", "//...@", value)[:100]
+        hidden = "..." if "TOKEN" in name else without_passwords(value)[:100]
         found.append(f"{name}={hidden}")
     return found
 

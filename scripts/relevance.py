@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conversation.answering.relevance import SentenceEmbeddings, is_installed
+from conversation.answering.relevance import SentenceEmbeddings, is_installed, questions_so_far
 from conversation.data.examples import read_training_data, root_question
 from conversation.errors import CommandLine, UserError, run_main
 from conversation.format.calls import Answer, Example, Utterance
@@ -62,14 +62,9 @@ def main() -> int:
     print(f"\nThe {args.lowest} least similar of {args.training_data}:")
     for i in measured[0].similarity.argsort(kind="stable")[: args.lowest]:
         example = measured[0].examples[i]
-        print(f"{measured[0].similarity[i]:6.2f}  {in_context(example)}\n        {answer_text(example.answer)}")
+        print(f"{measured[0].similarity[i]:6.2f}  {questions_so_far(example.prompt)}")
+        print(f"        {answer_text(example.answer)}")
     return 0
-
-
-def in_context(example: Example) -> str:
-    """The questions on the path, without the answers: every later answer would share their words."""
-    asked = [utterance.text for utterance in example.prompt.history if utterance.speaker == "User"]
-    return " ".join([*asked, example.prompt.question])
 
 
 def answer_text(answer: Answer) -> str:
@@ -79,11 +74,12 @@ def answer_text(answer: Answer) -> str:
 def measure(examples: list[Example], embeddings: SentenceEmbeddings, seed: int = 0) -> Relevance:
     siblings = random_siblings(examples, random.Random(seed))
     parent = {path_after(example): example for example in examples}
-    asked = [in_context(example) for example in examples]
+    asked = [questions_so_far(example.prompt) for example in examples]
     offered = []  # for each example the three possible questions here, in context; none if unknown
     for example in examples:
         before = parent.get(example.prompt.history)
-        offered.append([f"{in_context(before)} {choice.text}" for choice in before.answer.follow_ups] if before else [])
+        follow_ups = before.answer.follow_ups if before else ()
+        offered.append([f"{questions_so_far(before.prompt)} {choice.text}" for choice in follow_ups])
     texts = [
         *asked,
         *(answer_text(example.answer) for example in examples),

@@ -26,7 +26,7 @@ from conversation.answering.verdicts import Verdict, judge
 from conversation.data import figures
 from conversation.data.examples import evenly_spread
 from conversation.data.questions import Case, HeldOutCase
-from conversation.format.calls import Answer, Example, Prompt
+from conversation.format.calls import Answer, Example
 from conversation.runs.evaluation_record import EvaluatedAnswer, Evaluation, SetFigures
 from conversation.runs.record import now
 
@@ -159,17 +159,12 @@ class Relevance:
         self, verdicts: Sequence[Verdict], texts: Callable[[Answer], Sequence[str]]
     ) -> list[float | None]:
         pairs = [
-            (_in_context(verdict.case.prompt), " ".join(texts(verdict.answer)))
+            (relevance.questions_so_far(verdict.case.prompt), " ".join(texts(verdict.answer)))
             for verdict in verdicts
             if verdict.answer
         ]
         found = iter(self.embeddings.similarities(pairs) if self.embeddings and pairs else [None] * len(pairs))
         return [next(found) if verdict.answer else None for verdict in verdicts]
-
-
-def _in_context(prompt: Prompt) -> str:
-    """The questions so far, without the answers."""
-    return " ".join([*(line.text for line in prompt.history if line.speaker == "User"), prompt.question])
 
 
 def _evaluated(

