@@ -67,6 +67,11 @@ def main() -> int:
     return 0
 
 
+def in_context(example: Example) -> list[str]:
+    """The follow-ups of an example's answer, each after the questions so far."""
+    return [f"{questions_so_far(example.prompt)} {choice.text}" for choice in example.answer.follow_ups]
+
+
 def answer_text(answer: Answer) -> str:
     return " ".join(answer.fragments)
 
@@ -78,8 +83,7 @@ def measure(examples: list[Example], embeddings: SentenceEmbeddings, seed: int =
     offered = []  # for each example the three possible questions here, in context; none if unknown
     for example in examples:
         before = parent.get(example.prompt.history)
-        follow_ups = before.answer.follow_ups if before else ()
-        offered.append([f"{questions_so_far(before.prompt)} {choice.text}" for choice in follow_ups])
+        offered.append(in_context(before) if before else [])
     texts = [
         *asked,
         *(answer_text(example.answer) for example in examples),
