@@ -1,14 +1,17 @@
-"""The benchmark of the training step: it runs, its variants compute equal gradients, its floor is counted correctly."""
+"""The benchmarks run and count correctly: a step's variants compute equal gradients, and its floor is right; the two ways
+to generate answer the same prompts; a served answer that is not whole is found."""
 
 import dataclasses
+import io
 import json
 
 import pytest
+import requests
 import torch
 from conftest import run_script
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import training_step
+from benchmarks import serving, training_step
 from benchmarks.training_step import EXAMPLES, Growth, ModelShape, needed_flop, random_examples, sharing, small_model
 from conversation.training.prefix_tree import TokenSequence, build_prefix_tree
 
@@ -134,3 +137,33 @@ def test_both_ways_to_generate_are_measured_on_the_same_prompts(untouched):
     assert lines[-6].startswith("3 prompts, ")
     assert [line.split(":")[0] for line in lines[-5:-1]] == ["4 tokens, transformers", "4 tokens, ours"] * 2
     assert lines[-1].endswith(" times as fast; 3 of 3 greedy ones equal")
+
+
+def test_serving_measures_a_reader_alone_and_readers_at_once(untouched):
+    """The tiny model's answers are whole, as the server's decoding cannot leave the format."""
+    flags = ["--answers", 4, "--readers", 2, "--minutes", 0.01]
+    done = run_script("benchmarks/serving.py", untouched / "merged_model_fp32", *flags, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert [each["cold"] for each in report["alone"]] == [True, False, False, True]
+    assert len(report["together"]) >= 2 and report["start_seconds"] > 0
+    assert 0 < report["memory"]["own_mb"] <= report["memory"]["resident_mb"]
+    for each in report["alone"] + report["together"]:
+        assert each["problem"] is None and 0 < each["first_fragment"] < each["whole"]
+    assert "| one reader, cold | 2 | 0 |" in serving.table(report)
+
+
+def test_an_answer_that_is_not_whole_is_counted_and_named(monkeypatch):
+    calls = {"fragment": {"text": "A."}, "choice": {"text": "Why?", "confidence": 0.4, "target": "a_why"}}
+
+    def answers(*names, code=200):
+        lines = [line for name in names for line in (f"event: {name}", f"data: {json.dumps(calls.get(name, {}))}", "")]
+        response = requests.Response()
+        response.status_code, response.raw = code, io.BytesIO("\n".join(lines).encode())
+        monkeypatch.setattr(requests, "post", lambda *_, **__: response)
+        return serving.ask("http://127.0.0.1/", "Q?", [])[0].problem
+
+    assert answers("fragment", "choice", "choice", "choice", "done") == "Q?: something is said twice"
+    assert answers("fragment", "choice", "done") == "Q?: 1 follow-ups, expected 3"
+    assert answers("fragment", "choice", "choice", "choice") == "Q?: the answer broke off"
+    assert "429" in answers(code=429)
