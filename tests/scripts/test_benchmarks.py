@@ -1,5 +1,7 @@
-"""The benchmarks run and count correctly: a step's variants compute equal gradients, and its floor is right; the two ways
-to generate answer the same prompts; a served answer that is not whole is found."""
+"""The benchmarks run and count correctly: a step's variants compute equal gradients, and its floor is right.
+
+Both ways to generate answer the same prompts; a served answer that is not whole is found.
+"""
 
 import dataclasses
 import io
