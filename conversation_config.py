@@ -41,6 +41,7 @@ DATA_SETS = {
 FUNCTION_GEMMA = "google/functiongemma-270m-it"
 STAND_IN = "gemma-3-270m"
 
+ANSWERS = ("all", "first")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT_CHECKPOINTS = 3
 MAX_EPOCHS = 100_000
@@ -72,6 +73,12 @@ class TrainingConfig:
         "file, or a data set of the hub as owner/name:split",
     )
     domains: str = setting("", "train on these domains of the trees only, separated by commas; none: on all")
+    answers: str = setting(
+        "all",
+        "the wordings of a tree's answers that are learnt: all, in turn; first: every question gets the first one, "
+        "which is then seen more often",
+        choices=ANSWERS,
+    )
     loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
     step: str = setting(
         "auto",

@@ -137,13 +137,18 @@ class TrainingData:
         return self
 
 
-def read_training_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> list[Example]:
+def read_training_data(
+    paths: Path | Sequence[Path], domains: tuple[str, ...] = (), answers: str = "all"
+) -> list[Example]:
     """Examples from tree folders, lists of core trees, JSONL and Parquet files, data sets. Raises UserError."""
-    return read_data(paths, domains).check().examples
+    return read_data(paths, domains, answers).check().examples
 
 
-def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> TrainingData:
-    """The examples with their places, and the bad lines and trees. Raises UserError for what is no data at all."""
+def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = (), answers: str = "all") -> TrainingData:
+    """The examples with their places, and the bad lines and trees. Raises UserError for what is no data at all.
+
+    `answers`: the wordings of a tree's answers that are taken, see `Tree.examples_of_nodes`.
+    """
     data = TrainingData()
     for path in [paths] if isinstance(paths, Path) else paths:
         data_set = None if path.exists() else named_data_set(str(path))
@@ -176,7 +181,7 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = ()) -> Tr
         data.trees += trees
         for tree in trees:
             file = folder / tree.domain / f"{tree.name}.json"
-            rows += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes()]
+            rows += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes(answers)]
             data.same_root.update({question: tree.question for question in tree.also_asked})
         data.places += [place for place, _ in rows]
         data.examples += [example for _, example in rows]

@@ -34,7 +34,8 @@ SCHEMA_FILE = PROJECT / "data" / "conversation_tree.schema.json"
 class Tree:
     """A conversation tree. `nodes` maps a node's name to its answer; a choice's target may name a node or nothing.
 
-    `also_asked`: other ways to ask the root question. `other_texts`: other wordings of a node's texts, by its name.
+    `also_asked`: other ways to ask the root question. `other_questions`: other ways to ask the follow-up that leads to
+    a node, by its name. `other_texts`: other wordings of a node's texts, by its name.
     """
 
     name: str
@@ -43,11 +44,23 @@ class Tree:
     nodes: dict[str, Answer]
     also_asked: tuple[str, ...] = ()
     other_texts: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    other_questions: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def questions(self) -> tuple[str, ...]:
         """Every way in which the root question is asked."""
         return (self.question, *self.also_asked)
+
+    @property
+    def questions_of_nodes(self) -> dict[str, tuple[str, ...]]:
+        """Every way in which a node's question is asked, by its name; a child's first as the choice has it."""
+        asked = {
+            choice.target: (choice.text, *self.other_questions.get(choice.target, ()))
+            for answer in self.nodes.values()
+            for choice in answer.follow_ups
+            if choice.target in self.nodes
+        }
+        return asked | {self.name: self.questions}
 
     def wordings(self, name: str) -> tuple[Answer, ...]:
         """Every wording of a node's answer; they share their follow-ups."""
@@ -72,38 +85,36 @@ class Tree:
             children = [choice for choice in answer.follow_ups if choice.target in self.nodes]
             todo += [(choice.target, Prompt(choice.text, history)) for choice in reversed(children)]
 
-    def examples(self) -> list[Example]:
+    def examples(self, answers: str = "all") -> list[Example]:
         """The training examples; see `examples_of_nodes`."""
-        return [example for _, example in self.examples_of_nodes()]
+        return [example for _, example in self.examples_of_nodes(answers)]
 
-    def examples_of_nodes(self) -> list[tuple[str, Example]]:
+    def examples_of_nodes(self, answers: str = "all") -> list[tuple[str, Example]]:
         """The training examples with the names of their nodes, in the order of `walk`.
 
-        Each question and each wording occurs at least once.
+        A root with 6 questions and 3 wordings gives 6 examples, a child with 3 questions and 2 wordings gives 3. The
+        history of a child takes the questions and wordings above it in turn. A tree without variants gives one example
+        a node.
 
-        A root with 4 questions and 3 wordings gives 4 examples, a child with 2 wordings gives 2. The history of a child
-        takes the questions and wordings above it in turn. A tree without variants gives one example a node.
+        `answers`: "all" takes a node's wordings in turn, so that each question and each wording occurs at least once;
+        "first" answers with the node's first wording every time. Examples that are equal then count once.
         """
-        examples = []
-        paths: dict[str, tuple[str, ...]] = {self.name: ()}  # the choices that lead to a node, as (node, text) pairs
-        asked: dict[str, str] = {}
-        for number, (name, prompt, answer) in enumerate(self.walk()):
-            for choice in answer.follow_ups:
-                if choice.target in self.nodes:
-                    paths[choice.target], asked[choice.target] = (*paths[name], name), choice.text
-            answers = self.wordings(name)
-            count = max(len(answers), len(self.questions)) if name == self.name else len(answers)
-            for variant in range(count):
+        examples: dict[Example, str] = {}
+        paths: dict[str, tuple[str, ...]] = {self.name: ()}  # the nodes above a node
+        asked = self.questions_of_nodes
+        for number, (name, _, answer) in enumerate(self.walk()):
+            paths.update({choice.target: (*paths[name], name) for choice in answer.follow_ups})
+            wordings = self.wordings(name)
+            for variant in range(max(len(wordings), len(asked[name]))):
                 turn = number + variant
                 history: list[Utterance] = []
                 for above in paths[name]:
-                    history.append(
-                        Utterance("User", _in_turn(self.questions, turn) if above == self.name else asked[above])
-                    )
+                    history.append(Utterance("User", _in_turn(asked[above], turn)))
                     history += [Utterance("AI", text) for text in _in_turn(self.wordings(above), turn).fragments]
-                question = _in_turn(self.questions, variant) if name == self.name else prompt.question
-                examples.append((name, Example(Prompt(question, tuple(history)), _in_turn(answers, variant))))
-        return examples
+                question = _in_turn(asked[name], variant)
+                answer = wordings[0] if answers == "first" else _in_turn(wordings, variant)
+                examples.setdefault(Example(Prompt(question, tuple(history)), answer), name)
+        return [(name, example) for example, name in examples.items()]
 
 
 def _in_turn(values: Sequence[T], number: int) -> T:
@@ -149,7 +160,8 @@ def parse_tree(data: bytes, name: str, domain: str) -> Tree:
         for node_name, node in value["nodes"].items()
         if "other_texts" in node
     }
-    return Tree(value["root"], domain, value["question"], nodes, tuple(value.get("also_asked", ())), others)
+    asked = {name: tuple(node["also_asked"]) for name, node in value["nodes"].items() if "also_asked" in node}
+    return Tree(value["root"], domain, value["question"], nodes, tuple(value.get("also_asked", ())), others, asked)
 
 
 def read_tree(path: Path) -> Tree:
@@ -231,7 +243,8 @@ def format_tree(value: dict[str, Any], spread: bool = True) -> str:
     nodes = []
     for name, node in value["nodes"].items():
         texts = listed([line(text) for text in node["texts"]]) if spread else line(node["texts"])
-        rows = [f'"texts": {texts}']
+        rows = [f'"also_asked": {line(node["also_asked"])}'] if "also_asked" in node else []
+        rows.append(f'"texts": {texts}')
         if "other_texts" in node:
             rows.append(f'"other_texts": {listed([line(each) for each in node["other_texts"]])}')
         rows.append(f'"choices": {listed([f"{{ {line(choice)[1:-1]} }}" for choice in node["choices"]])}')
@@ -261,13 +274,14 @@ def _structure_problems(value: dict[str, Any], file_name: str) -> list[str]:
     if root != file_name:
         problems.append(f"root: {root!r} does not match the file's name {file_name!r}")
     problems += _control_token_problems("question", value["question"])
-    also_asked = value.get("also_asked", [])
-    for i, question in enumerate(also_asked):
-        problems += _control_token_problems(f"also_asked[{i}]", question)
-        if question in (value["question"], *also_asked[:i]):
-            problems.append(f"also_asked[{i}]: {question!r} is asked already")
+    problems += _also_asked_problems("also_asked", value["question"], value.get("also_asked", []))
+    offered = {choice["target"]: choice["text"] for node in nodes.values() for choice in node["choices"]}
     named_by: dict[str, str] = {}
     for name, node in nodes.items():
+        place = f"nodes.{name}.also_asked"
+        if name == root and "also_asked" in node:
+            problems.append(f"{place}: other ways to ask the root question stand beside it, at the top")
+        problems += _also_asked_problems(place, offered.get(name, ""), node.get("also_asked", []))
         for i, text in enumerate(node["texts"]):
             problems += _control_token_problems(f"nodes.{name}.texts[{i}]", text)
         for k, texts in enumerate(node.get("other_texts", [])):
@@ -290,6 +304,15 @@ def _structure_problems(value: dict[str, Any], file_name: str) -> list[str]:
         reached = _reached(root, nodes)
         cycle = [name for name in nodes if name not in reached]
         problems += [f"nodes.{name}: part of a cycle that the root does not reach" for name in cycle]
+    return problems
+
+
+def _also_asked_problems(place: str, question: str, also_asked: list[str]) -> list[str]:
+    problems = []
+    for i, other in enumerate(also_asked):
+        problems += _control_token_problems(f"{place}[{i}]", other)
+        if other in (question, *also_asked[:i]):
+            problems.append(f"{place}[{i}]: {other!r} is asked already")
     return problems
 
 

@@ -14,6 +14,7 @@ from conftest import PROJECT, easy_lines
 from conversation.data.examples import read_training_data, to_jsonl
 from conversation.format.calls import Answer, Example
 from conversation.format.messages import to_sharegpt_row
+from conversation_config import DATA_SETS
 from scripts.messages import as_parquet
 
 
@@ -38,6 +39,13 @@ def exported(request, tmp_path_factory):
 
 def test_what_was_written_is_read_back_to_the_same_examples(exported):
     assert read_training_data(exported) == easy_lines()
+
+
+def test_the_first_answers_alone_are_written_as_a_training_takes_them(tmp_path):
+    done = export(DATA_SETS["starter"][0], tmp_path / "first.jsonl", tmp_path / "home", "--answers", "first")
+    assert done.returncode == 0, done.stderr
+    expected = read_training_data(DATA_SETS["starter"], answers="first")
+    assert read_training_data(tmp_path / "first.jsonl") == expected != read_training_data(DATA_SETS["starter"])
 
 
 def test_stock_trl_trains_two_steps_on_it(exported, tmp_path, tiny_folder):
