@@ -197,6 +197,7 @@ EVERY_SETTING_CHANGED = TrainingConfig(
     weight_decay=0.01,
     max_grad_norm=0.5,
     step="plain",
+    answers="first",
     frozen_weights="float32",
     report_to="tensorboard",
     per_device_train_batch_size=2,
