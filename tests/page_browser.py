@@ -74,11 +74,12 @@ class Server:
         return [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))]
 
     def document(self, until=lambda document: True):
-        """The only document, as soon as it is there and `until` is true of it."""
+        """The only document, as soon as it is there, `until` is true of it, and the page has been told so."""
         deadline = time.monotonic() + PATIENCE / 1000
         while True:
             found = self.documents()
             if len(found) == 1 and until(found[0]):
+                self.asked()
                 return found[0]
             assert time.monotonic() < deadline, found
             time.sleep(0.05)
@@ -136,6 +137,8 @@ def a_page(browser, server, context=None, path="", expected=(), **options):
         "ERR_INCOMPLETE_CHUNKED",
         "ERR_EMPTY_RESPONSE",
         "ERR_CONNECTION_RESET",
+        "ERR_CONTENT_LENGTH_MISMATCH",
+        "ERR_SOCKET_NOT_CONNECTED",
         *expected,
     )
     unexpected = [fault for fault in faults if not any(word in fault for word in ordinary)]
