@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from statistics import fmean
 
@@ -52,15 +53,20 @@ def held_out():
     return [case for path in EVALUATION_QUESTIONS for case in read_held_out(path)]
 
 
-def test_600_topics_are_asked_four_ways_and_answered_in_three_wordings_their_children_in_two(trees):
+def test_600_topics_are_asked_six_ways_and_answered_three_their_children_three_and_two(trees):
     assert Counter(tree.domain for tree in trees) == dict.fromkeys(
         ("abstract_concepts", "computer_science", "philosophy", "programming", "systems"), 120
     )
     for tree in trees:
-        assert len(tree.questions) == 4 and len(tree.nodes) == 4, tree.name
+        assert len(tree.nodes) == 4, tree.name
+        asked = tree.questions_of_nodes
+        assert [len(asked[name]) for name in tree.nodes] == [6, 3, 3, 3], tree.name
+        every = [tuple(words(question)) for questions in asked.values() for question in questions]
+        assert len(every) == len(set(every)) and not [q for q in asked[tree.name][4:] if re.search(r'[\d"<>()]', q)]
         assert [len(tree.wordings(name)) for name in tree.nodes] == [3, 2, 2, 2], tree.name
         assert {choice.target for choice in tree.nodes[tree.name].follow_ups} == set(tree.nodes) - {tree.name}
-        assert len(tree.examples()) == len({example.text for example in tree.examples()}) == 10
+        assert len(tree.examples()) == len({example.text for example in tree.examples()}) == 15
+        assert {e.answer for e in tree.examples("first")} == set(tree.nodes.values()), tree.name
 
 
 def test_targets_and_confidences_follow_from_what_can_be_seen(nodes):
@@ -115,6 +121,9 @@ def test_no_held_out_question_or_answer_is_in_any_training_data(held_out, trees)
     roots = {tuple(words(e.prompt.question)) for e in training if not e.prompt.history}
     asked = [case for case in held_out if case.is_root]
     assert [case.prompt.question for case in asked if tuple(words(case.prompt.question)) in roots] == []
+    asked_in = {t.name: {tuple(words(q)) for each in t.questions_of_nodes.values() for q in each} for t in trees}
+    asked = [case for case in held_out if case.set_name == "known"]
+    assert [c.topic for c in asked if tuple(words(c.prompt.question)) in asked_in[c.topic]] == []
     kept_out = [*THREE_CASES, *read_questions(HELD_OUT_QUESTIONS)]
     asked = [case.prompt.question for case in kept_out if not case.prompt.history]
     assert [question for question in asked if tuple(words(question)) in roots] == []
