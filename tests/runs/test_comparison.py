@@ -15,7 +15,7 @@ from conversation.runs.folder import RunFolder
 from conversation.runs.record import MergeResult
 from conversation_config import EVALUATION_QUESTIONS
 
-EXAMPLE = PROJECT / "training-runs" / "conversation" / "example-2026-11-26"
+EXAMPLE = PROJECT / "training-runs" / "conversation" / "example-2026-11-27-demo"
 MERGED = MergeResult(3, 1e-6, 10.0, 10**9, 2 * 10**9, {"model.safetensors": "x"}, {}, "2026-01-02")
 
 

@@ -149,7 +149,7 @@ def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
 
 
 def test_the_figures_are_shown_though_their_file_cannot_be_written(tmp_path, monkeypatch, capsys):
-    evaluation = read_evaluation(TRAINING_RUNS / "example-2026-11-26" / "evaluation.json")
+    evaluation = read_evaluation(TRAINING_RUNS / "example-2026-11-27-demo" / "evaluation.json")
     monkeypatch.setattr(sys, "argv", [EVALUATE, "--model", str(tmp_path), "--output", str(tmp_path / "x.json")])
     monkeypatch.setattr(script, "evaluate", lambda *_: evaluation)
 
