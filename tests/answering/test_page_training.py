@@ -27,6 +27,17 @@ def test_a_training_tree_is_not_made_of_an_older_version_when_the_server_refuses
         assert page.locator(".notice", has_text="Saved as").count() == 0
 
 
+def test_of_many_remarks_about_a_training_tree_three_are_shown_and_the_rest_counted(page):
+    ask(page)
+    for number, last in ((4, "Remark 3."), (60, "Remark 2. And 57 more remarks.")):
+        told = {"path": "own.json", "warnings": [f"Remark {each}." for each in range(number)]}
+        page.route("**/training_tree", lambda route, _, told=told: route.fulfill(json=told))
+        press(page, "s")
+        page.locator(".notice", has_text="Saved as own.json. Remark 0. Remark 1. Remark 2.").filter(
+            has_text=last
+        ).wait_for()
+
+
 # --- what fits into one ----------------------------------------------------------------------------------------------
 
 
