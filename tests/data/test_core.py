@@ -114,6 +114,12 @@ def test_the_lists_of_topics_are_even_over_the_domains_with_all_that_the_evaluat
     assert known <= small <= large
 
 
+def test_some_starter_topics_have_a_name_that_is_written_otherwise_in_targets():
+    """A model that has not seen such names copies a hyphen or a capital from the question into a target."""
+    names = [tree.question.partition(" ")[2] for tree in read_listed_trees(STARTER_TOPICS)]
+    assert sum("-" in name for name in names) >= 5 and sum(name != name.lower() for name in names) >= 5
+
+
 def test_no_held_out_question_or_answer_is_in_any_training_data(held_out, trees):
     training = [example for path in DATA_SETS["both"] for example in read_training_data(path)]
     texts = {fragment.casefold() for example in training for fragment in example.answer.fragments}
