@@ -218,7 +218,7 @@ EVERY_SETTING_CHANGED = TrainingConfig(
         (TrainingConfig(), "train_conversation.py"),
         (TrainingConfig(**RECIPES["demo"]), "train_conversation.py --demo"),
         (TrainingConfig(**{**RECIPES["demo"], "max_steps": -1}), "train_conversation.py --demo --max_steps -1"),
-        (EVERY_SETTING_CHANGED, "train_conversation.py --base_model some/model"),
+        (EVERY_SETTING_CHANGED, "train_conversation.py --demo --base_model some/model"),
         (replace(EVERY_SETTING_CHANGED, training_data="-odd name"), "--training_data=-odd name"),
     ],
 )
