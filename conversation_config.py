@@ -183,7 +183,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "base_model": STAND_IN,
         "training_data": "starter",  # 60 topics; the evaluation asks about 50 of them
-        "answers": "first",  # seen about nine times: the others would be learnt by halves
+        "answers": "first",  # a root's is seen 9 times, a child's 4 or 5; several would each be half learnt
         "max_steps": 330,
         "gradient_accumulation_steps": 4,
         "learning_rate": 1e-3,

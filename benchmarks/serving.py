@@ -5,10 +5,10 @@
     benchmarks/serving.py MODEL --answers 20 --minutes 1
     benchmarks/serving.py MODEL --readers 16 --json    one JSON object; the table is for people
 
-It starts `serve_conversation_model.py` twice and times the second start, whose files are in memory. One reader asks
-the roots of the evaluation's questions (cold: the prompt shares no more than its first lines with the one before) and
+It starts `serve_conversation_model.py` twice and times the second start, whose files are in memory. One reader asks the
+root questions of the evaluation (50, again and again; the server has read all of such a prompt but the question),
 follows one of the three follow-ups of each answer, and one of the next, until there are `--answers`. Then `--readers`
-do so at once for `--minutes`, each with its own questions. An answer counts as whole when the project's own type
+do so at once for `--minutes`, each in an order of its own. An answer counts as whole when the project's own type
 accepts it and no fragment, follow-up or target of it occurs twice.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -33,12 +34,13 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main  # noqa: E402
-from conversation.format.calls import Answer, FollowUp  # noqa: E402
+from conversation.format.calls import Answer, FollowUp, repeated  # noqa: E402
 from conversation.runs.files import real_path  # noqa: E402
 from conversation.runs.machine import environment  # noqa: E402
 from conversation.runs.record import now  # noqa: E402
 from conversation_config import EVALUATION_QUESTIONS  # noqa: E402
 
+MAX_READERS = 32  # questions of one address that may wait
 FOLLOWED = 2  # follow-ups that a reader takes before the next root
 LONGEST_WAIT = 120  # seconds without a word from the server
 
@@ -47,7 +49,7 @@ LONGEST_WAIT = 120  # seconds without a word from the server
 class Asked:
     """One answer as a reader met it; seconds from the request on. `problem`: why it is not whole, or none."""
 
-    cold: bool
+    root: bool
     first_fragment: float
     whole: float
     problem: str | None
@@ -61,6 +63,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="that they read (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    if args.answers < 1 or not 1 <= args.readers <= MAX_READERS:
+        raise UserError(f"--answers must be at least 1, --readers from 1 to {MAX_READERS}: the server refuses more")
     model = real_path(args.model)
     if not model.exists():
         raise UserError(f"there is no model at {model}", "name a .gguf file, a merged folder or a run folder")
@@ -69,6 +73,8 @@ def main() -> int:
     with served(model) as (url, process, seconds):
         alone = read_alone(url, args.answers)
         together = read_together(url, args.readers, args.minutes)
+        if process.poll() is not None:
+            raise UserError("the server ended while it was asked", "", TRIED_AND_FAILED)
         memory = memory_of(process)
     report = {
         **{"date": now(), **dataclasses.asdict(environment()), "model": model.name, "start_seconds": seconds},
@@ -88,7 +94,11 @@ def served(model: Path) -> Iterator[tuple[str, subprocess.Popen[str], float]]:
         command = [sys.executable, str(PROJECT / "serve_conversation_model.py"), flag, str(model), "--no_browser"]
         started = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "--port", "0", "--data_dir", folder], stdout=subprocess.PIPE, stderr=errors, text=True
+            [*command, "--port", "0", "--data_dir", folder],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "CONVERSATION_API_KEY": ""},
         )
         assert process.stdout is not None
         try:
@@ -155,7 +165,7 @@ def ask(url: str, question: str, history: list[Any]) -> tuple[Asked, Answer | No
         texts = fragments, [each.text for each in follow_ups], [each.target for each in follow_ups]
         if not done:
             raise ValueError("the answer broke off")
-        if any(len(set(values)) < len(values) for values in texts):
+        if any(map(repeated, texts)):
             raise ValueError("something is said twice")
     except (requests.RequestException, ValueError) as error:
         answer, problem = None, f"{question}: {error}"
@@ -189,8 +199,10 @@ def read_together(url: str, readers: int, minutes: float) -> list[Asked]:
             found.append(asked)
             if time.monotonic() > ends:
                 return
+            if asked.problem:
+                time.sleep(1)  # a refusal comes at once
 
-    threads = [threading.Thread(target=read, args=(1 + number,)) for number in range(readers)]
+    threads = [threading.Thread(target=read, args=(1 + number,), daemon=True) for number in range(readers)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -199,11 +211,11 @@ def read_together(url: str, readers: int, minutes: float) -> list[Asked]:
 
 
 def memory_of(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Megabytes of the server's process: resident, and those of them that are no files shared with others."""
+    """Megabytes of the server's process: resident, and those of them that are mapped files (Linux only, else 0)."""
     import psutil
 
-    memory = psutil.Process(process.pid).memory_full_info()
-    return {"resident_mb": memory.rss / 1e6, "own_mb": memory.uss / 1e6}
+    memory = psutil.Process(process.pid).memory_info()
+    return {"resident_mb": memory.rss / 1e6, "files_mb": getattr(memory, "shared", 0) / 1e6}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -212,19 +224,20 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['date']}, {machine['processor']}, {machine['cores']} cores",
         f"Second start: {report['start_seconds']:.1f} s. Memory: {memory['resident_mb']:.0f} MB, of which "
-        f"{memory['own_mb']:.0f} are its own.",
+        f"{memory['files_mb']:.0f} are files that several servers share.",
         "",
         "| | answers | not whole | first fragment, s: median, 90 % | whole answer, s: median, 90 % |",
         "|---|---|---|---|---|",
     ]
     together = f"{report['readers']} readers, {report['minutes']:g} minutes"
     for name, asked in [
-        ("one reader, cold", [each for each in report["alone"] if each["cold"]]),
-        ("one reader, follow-up", [each for each in report["alone"] if not each["cold"]]),
+        ("one reader, root", [each for each in report["alone"] if each["root"]]),
+        ("one reader, follow-up", [each for each in report["alone"] if not each["root"]]),
         (together, report["together"]),
     ]:
         broken = sum(each["problem"] is not None for each in asked)
-        waits = (middle_and_tenth([each[kind] for each in asked]) for kind in ("first_fragment", "whole"))
+        whole = [each for each in asked if each["problem"] is None]  # a refusal comes at once
+        waits = (middle_and_tenth([each[kind] for each in whole]) for kind in ("first_fragment", "whole"))
         lines.append(f"| {name} | {len(asked)} | {broken} | {' | '.join(waits)} |")
     problems = [each["problem"] for each in [*report["alone"], *report["together"]] if each["problem"]]
     return "\n".join([*lines, *(f"Not whole: {each}" for each in problems[:10])])

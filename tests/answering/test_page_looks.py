@@ -169,8 +169,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_map_and_shelf_are_panel
             assert page.locator("main :visible").evaluate_all(wide) == []
 
         fits()
-        page.locator(".pill", has_text="What's a mutex?").tap()
-        arrived(page, "What's a mutex?")
+        page.locator(".pill", has_text="What's a deadlock?").tap()
+        arrived(page, "What's a deadlock?")
         fits()
         picked = page.locator(".choice .text").nth(1).inner_text()
         page.locator(".choice").nth(1).tap()
@@ -188,8 +188,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_map_and_shelf_are_panel
         press(page, "Escape")
         page.locator("#shelf").wait_for(state="hidden")
         page.locator("#open-map").tap()
-        page.locator("[role=treeitem]", has_text="What's a mutex?").tap()
-        arrived(page, "What's a mutex?")
+        page.locator("[role=treeitem]", has_text="What's a deadlock?").tap()
+        arrived(page, "What's a deadlock?")
         page.locator("#map-panel").wait_for(state="hidden")
         page.locator("#open-shelf").tap()
         page.locator("#shelf button", has_text="New").tap()

@@ -147,25 +147,40 @@ def test_serving_measures_a_reader_alone_and_readers_at_once(untouched):
     done = run_script("benchmarks/serving.py", untouched / "merged_model_fp32", *flags, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert [each["cold"] for each in report["alone"]] == [True, False, False, True]
+    assert [each["root"] for each in report["alone"]] == [True, False, False, True]
     assert len(report["together"]) >= 2 and report["start_seconds"] > 0
-    assert 0 < report["memory"]["own_mb"] <= report["memory"]["resident_mb"]
+    assert 0 <= report["memory"]["files_mb"] <= report["memory"]["resident_mb"]
     for each in report["alone"] + report["together"]:
         assert each["problem"] is None and 0 < each["first_fragment"] < each["whole"]
-    assert "| one reader, cold | 2 | 0 |" in serving.table(report)
+    assert "| one reader, root | 2 | 0 |" in serving.table(report)
 
 
-def test_an_answer_that_is_not_whole_is_counted_and_named(monkeypatch):
-    calls = {"fragment": {"text": "A."}, "choice": {"text": "Why?", "confidence": 0.4, "target": "a_why"}}
-
-    def answers(*names, code=200):
-        lines = [line for name in names for line in (f"event: {name}", f"data: {json.dumps(calls.get(name, {}))}", "")]
+def test_an_answer_that_is_not_whole_is_named(monkeypatch):
+    def problem(*parts, code=200):
+        """What is said of an answer of these fragments (texts) and choices (pairs of text and target); done or not."""
+        lines = []
+        for part in parts:
+            name, data = "fragment", {"text": part}
+            if part == "done":
+                name, data = "done", {}
+            elif isinstance(part, tuple):
+                name, data = "choice", {"text": part[0], "confidence": 0.4, "target": part[1]}
+            lines += [f"event: {name}", f"data: {json.dumps(data)}", ""]
         response = requests.Response()
         response.status_code, response.raw = code, io.BytesIO("\n".join(lines).encode())
         monkeypatch.setattr(requests, "post", lambda *_, **__: response)
         return serving.ask("http://127.0.0.1/", "Q?", [])[0].problem
 
-    assert answers("fragment", "choice", "choice", "choice", "done") == "Q?: something is said twice"
-    assert answers("fragment", "choice", "done") == "Q?: 1 follow-ups, expected 3"
-    assert answers("fragment", "choice", "choice", "choice") == "Q?: the answer broke off"
-    assert "429" in answers(code=429)
+    choices = [("Why?", "a_why"), ("How?", "a_how"), ("Example?", "a_example")]
+    assert problem("A.", "B.", *choices, "done") is None
+    assert problem("A.", "A.", *choices, "done") == "Q?: something is said twice"
+    assert problem("A.", *choices[:2], ("how?", "a_other"), "done") == "Q?: something is said twice"
+    assert problem("A.", *choices[:2], ("Where?", "a_how"), "done") == "Q?: something is said twice"
+    assert problem("A.", choices[0], "done") == "Q?: 1 follow-ups, expected 3"
+    assert problem("A.", *choices) == "Q?: the answer broke off"
+    assert "429" in problem(code=429)
+
+
+def test_more_readers_than_one_address_may_have_are_refused(tmp_path):
+    done = run_script("benchmarks/serving.py", tmp_path, "--readers", 33)
+    assert done.returncode == 2 and "--readers from 1 to 32" in done.stderr

@@ -5,7 +5,7 @@ import { correctionForm } from "./correction.js";
 import { byId, h, icon } from "./dom.js";
 import { sentences } from "./server.js";
 
-const STARTERS = ["What's a monad?", "CAP theorem?", "Explain recursion.", "What's a mutex?", "What's solipsism?"];
+const STARTERS = ["What's a deadlock?", "Load balancer?", "Explain closures.", "What's a hash function?", "What's agnosticism?"]; // the demo learns them
 
 export class Reading {
   #column = h("div", { class: "column" });
