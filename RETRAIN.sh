@@ -2,7 +2,7 @@
 # From nothing to a trained, merged, tested model.
 #
 #   ./RETRAIN.sh              FunctionGemma 270M, the default recipe (7 epochs)
-#   ./RETRAIN.sh --demo       the embedded stand-in, a short recipe: no account, no GPU, under 40 minutes on 2 cores
+#   ./RETRAIN.sh --demo       the embedded stand-in, a short recipe: no account, no GPU, 40 minutes on 2 cores
 #   ./RETRAIN.sh --resume     go on with the newest attempt
 #   ./RETRAIN.sh --export q8_0,f16    also as GGUF for llama.cpp and Ollama; beside other flags
 #
