@@ -84,7 +84,7 @@ def parse_flags() -> argparse.Namespace:
     parser = CommandLine(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run_dir", type=Path, help="the run folder (default: latest, else the newest)")
-    which.add_argument("--model", type=Path, help="a .gguf file, or a merged model folder")
+    which.add_argument("--model", type=Path, help="a .gguf file, a merged model folder or a run folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=PORT, help=f"port, or the next free one; 0: any (default: {PORT})")
     parser.add_argument("--no_browser", action="store_true", help="do not open the page")

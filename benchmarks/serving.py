@@ -33,14 +33,15 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from conversation.answering.answer_queue import MAX_WAITING_OF_ONE  # noqa: E402
 from conversation.errors import TRIED_AND_FAILED, CommandLine, UserError, run_main  # noqa: E402
 from conversation.format.calls import Answer, FollowUp, repeated  # noqa: E402
 from conversation.runs.files import real_path  # noqa: E402
 from conversation.runs.machine import environment  # noqa: E402
 from conversation.runs.record import now  # noqa: E402
 from conversation_config import EVALUATION_QUESTIONS  # noqa: E402
+from serve_conversation_model import KEY_VARIABLE  # noqa: E402
 
-MAX_READERS = 32  # questions of one address that may wait
 FOLLOWED = 2  # follow-ups that a reader takes before the next root
 LONGEST_WAIT = 120  # seconds without a word from the server
 
@@ -63,8 +64,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="that they read (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    if args.answers < 1 or not 1 <= args.readers <= MAX_READERS:
-        raise UserError(f"--answers must be at least 1, --readers from 1 to {MAX_READERS}: the server refuses more")
+    if args.answers < 1 or not 1 <= args.readers <= MAX_WAITING_OF_ONE:
+        raise UserError(
+            f"--answers must be at least 1, --readers from 1 to {MAX_WAITING_OF_ONE}: the server refuses more"
+        )
     model = real_path(args.model)
     if not model.exists():
         raise UserError(f"there is no model at {model}", "name a .gguf file, a merged folder or a run folder")
@@ -89,16 +92,15 @@ def main() -> int:
 @contextmanager
 def served(model: Path) -> Iterator[tuple[str, subprocess.Popen[str], float]]:
     """The server at work: its address, its process, the seconds until it was ready. Raises UserError if it fails."""
-    flag = "--run_dir" if (model / "run.json").exists() else "--model"
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, str(PROJECT / "serve_conversation_model.py"), flag, str(model), "--no_browser"]
+        command = [sys.executable, str(PROJECT / "serve_conversation_model.py"), "--model", str(model), "--no_browser"]
         started = time.perf_counter()
         process = subprocess.Popen(
             [*command, "--port", "0", "--data_dir", folder],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, "CONVERSATION_API_KEY": ""},
+            env={**os.environ, KEY_VARIABLE: ""},
         )
         assert process.stdout is not None
         try:

@@ -63,7 +63,7 @@ const reader = new Reader({
 
 const REMARKS = 3; // more are not read in a notice
 
-const fewest = (remarks) =>
+const firstRemarks = (remarks) =>
   remarks.length > REMARKS + 1 ? [...remarks.slice(0, REMARKS), `And ${remarks.length - REMARKS} more remarks.`] : remarks;
 
 // --- the views ----------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ const actions = {
     try {
       await library.sendOne(doc.id);
       const { path, warnings } = await server.saveTrainingTree(doc.id, made.leaveOut);
-      notify([`Saved as ${path}.`, ...fewest(warnings ?? [])].join(" "), { topic: "saved", stays: true });
+      notify([`Saved as ${path}.`, ...firstRemarks(warnings ?? [])].join(" "), { topic: "saved", stays: true });
     } catch (error) {
       const { problems } = error.body?.error ?? {};
       if (problems) sayProblems(server.sentences({ message: error.message }), problems, server.sentences({ hint: error.hint }));
