@@ -306,13 +306,15 @@ def test_what_was_fetched_ahead_for_words_that_another_tab_corrected_is_not_take
         two.locator(".correction input").first.fill("Corrected.")
         press(two, "Control+Enter")
         eventually(lambda: fragments(one)[0], "Corrected.")
-        press(one, "1")
-        arrived(one, FIRST)
 
         def asked():
             return [e["history"][1]["text"] for e in server.asked() if e["question"] == FIRST]
 
         eventually(lambda: asked().count("Corrected."), 2)  # each tab once
+        eventually(lambda: one.locator(".choice .state").all_inner_texts(), ["ready"] * 3)  # picked sooner, asked again
+        press(one, "1")
+        arrived(one, FIRST)
+        assert asked().count("Corrected.") == 2
     context.close()
 
 
