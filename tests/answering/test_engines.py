@@ -21,6 +21,7 @@ from conversation.format.calls import Answer, FollowUp, Prompt, Utterance
 from conversation.format.control_tokens import CONTROL_TOKENS, FORMAT_TOKENS, Control
 from conversation.format.grammar import MAX_CHARACTERS, Value
 from conversation.models import llama_cpp
+from conversation.models.chat_format import write_chat_format
 from conversation.models.gguf import TYPES, MergedWeights, write_gguf
 from conversation.models.merged_model import write_manifest
 from conversation.models.tokenizer import common_prefix_length, encode, load_tokenizer
@@ -308,6 +309,7 @@ def test_the_real_model_says_the_same_ids_in_both_programs(standin_folder, tmp_p
     tokenizer = load_tokenizer(folder)
     generation = {"eos_token_id": tokenizer.convert_tokens_to_ids("<end_of_turn>")}
     (folder / "generation_config.json").write_text(json.dumps(generation))
+    write_chat_format(folder, tokenizer)
     write_manifest(folder, file_hashes(folder))
     path = tmp_path / "real-f32.gguf"
     write_gguf(MergedWeights(folder), TYPES["f32"], path, {FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
