@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def losses_twice_as_large_from(call: int) -> None:
         return plain(model, *arguments) * (2 if count >= call else 1)
 
     trainer.backward_in_micro_batches = larger
+
+
+def held_before(module: str, function: str, call: int, go: Path) -> None:
+    """Wait before the given call of a function of the project until the file `go` is there."""
+    plain, count = getattr(importlib.import_module(module), function), 0
+
+    def holding(*arguments, **options):
+        nonlocal count
+        count += 1
+        while count == call and not go.exists():
+            time.sleep(0.01)
+        return plain(*arguments, **options)
+
+    setattr(importlib.import_module(module), function, holding)
 
 
 def a_defect_in(module: str, function: str, kind: type[Exception] = AssertionError) -> None:

@@ -7,15 +7,15 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from ports import port_for_later
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUESTION = "How does the internet find a route?"
@@ -25,16 +25,14 @@ FIRST, SECOND, THIRD = (
     "Can a big site vanish altogether?",
 )
 PROTECTION, STOLEN = "Is there no protection?", "Has money been stolen that way?"
-PATIENCE = 30_000  # milliseconds; the machine may be busy
+PATIENCE = 60_000  # milliseconds; the machine may be busy
 
 
 class Server:
     """The scripted server as a process of its own, so that it can be killed and started again at its place."""
 
     def __init__(self, folder: Path, pause: float):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = port_for_later()
         self.folder, self.pause, self.process = folder, pause, None
         self.url = f"http://127.0.0.1:{self.port}/"
         self.start()
@@ -64,14 +62,22 @@ class Server:
         self.process.send_signal(signal.SIGCONT)
 
     def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE / 1000) as answer:
             return json.load(answer)
+
+    def let(self, events="all"):
+        """Only so many more events of answers go out: fragments, choices and ends. What is held stays at work."""
+        self.get(f"test/let?{events}")
 
     def asked(self):
         return self.get("test/log")["asked"]
 
     def documents(self):
-        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))]
+        found = []
+        for file in sorted(self.folder.glob("*.json")):
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                found.append(json.loads(file.read_text()))
+        return found
 
     def document(self, until=lambda document: True):
         """The only document, as soon as it is there, `until` is true of it, and the page has been told so."""
@@ -127,11 +133,13 @@ def a_page(browser, server, context=None, path="", expected=(), **options):
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: message.type == "error" and faults.append(message.text))
     page.on("request", lambda request: request.url.startswith((server.url, "blob:")) or faults.append(request.url))
-    page.goto(server.url + path)
-    page.wait_for_selector(".status .light:not(.loading)")
-    yield page
-    if own:
-        context.close()
+    try:
+        page.goto(server.url + path)
+        page.wait_for_selector(".status .light:not(.loading)")
+        yield page
+    finally:
+        if own:
+            context.close()  # also after a failure: a page that stays goes on working beside the next test
     ordinary = (
         "ERR_CONNECTION_REFUSED",
         "ERR_INCOMPLETE_CHUNKED",
@@ -202,6 +210,15 @@ def nodes(page):
 def press(page, *keys):
     for key in keys:
         page.keyboard.press(key)
+
+
+def counting_parts(page):
+    """Counts what arrives of answers from now on: gives a function that waits for so many parts."""
+    page.evaluate(
+        """() => { const parse = JSON.parse; window.parts = 0;
+        JSON.parse = (text) => { window.parts += 1; return parse(text); }; }"""
+    )
+    return lambda number: eventually(lambda: page.evaluate("parts"), number)
 
 
 def eventually(what, *wanted):

@@ -4,7 +4,8 @@
 
 It answers a question that stands in a tree as the tree does, and any other by a fixed pattern, a value every `pause`
 seconds. Words in a question change that: "broken" breaks off after a fragment, "failing" is refused by the engine,
-"busy" gets a 429 twice. `GET /test/log` tells which questions were asked, and which of them were given up.
+"busy" gets a 429 twice. `GET /test/log` tells which questions were asked, and which of them were given up;
+`GET /test/let?NUMBER` lets so many more events out, of whatever answer, and `GET /test/let?all` all of them again.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class PageServer(ThreadingHTTPServer):
         self.engine = threading.Lock()
         self.asked: list[dict] = []
         self.refused: dict[str, int] = {}
+        self.let: int | None = None  # how many events may go out; None: all
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -106,27 +108,23 @@ class Handler(BaseHTTPRequestHandler):
             limits = {"question_root": 60, "question_follow_up": 40}
             self.json({"name": "answers-from-trees", "engine": "scripted", "context": 2048, "limits": limits})
         elif path == "/api/conversations":
-            documents = [json.loads(file.read_text()) for file in self.server.folder.glob("*.json")]
-            self.json(
-                [
-                    {
-                        "id": d["id"],
-                        "title": d["title"],
-                        "nodes": len(d["nodes"]),
-                        "revision": d["revision"],
-                        "changed": "",
-                    }
-                    for d in documents
-                ]
-            )
+            with self.server.lock:  # none is deleted between its listing and its reading
+                documents = [json.loads(file.read_text()) for file in self.server.folder.glob("*.json")]
+            kept = ("id", "title", "revision")
+            self.json([{key: d[key] for key in kept} | {"nodes": len(d["nodes"]), "changed": ""} for d in documents])
         elif path.startswith("/api/conversations/"):
-            file = self.path_of(path.split("/")[3])
-            self.json(json.loads(file.read_text())) if file.exists() else self.error(
-                404, "There is no such conversation."
-            )
+            with self.server.lock:
+                file = self.path_of(path.split("/")[3])
+                document = json.loads(file.read_text()) if file.exists() else None
+            self.json(document) if document else self.error(404, "There is no such conversation.")
         elif path == "/test/log":
             with self.server.lock:
                 self.json({"asked": self.server.asked})
+        elif path == "/test/let":
+            number = self.path.split("?")[1]
+            with self.server.lock:
+                self.server.let = None if number == "all" else int(number)
+            self.json({})
         else:
             self.static("index.html" if path == "/" else path.removeprefix("/static/"))
 
@@ -159,10 +157,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_DELETE(self):
         file = self.path_of(self.path.split("/")[3])
-        if not file.exists():
-            return self.error(404, "There is no such conversation.")
-        file.unlink()
-        self.json({})
+        with self.server.lock:  # as in do_PUT
+            if not file.exists():
+                return self.error(404, "There is no such conversation.")
+            file.unlink()
+            self.json({})
 
     def do_POST(self):
         body = self.body()
@@ -223,10 +222,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def event(self, name, data):
         deadline = time.monotonic() + self.server.pause * (4 if "slow" in json.dumps(data) else 1)
-        while (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, 0.02))
+        while (left := deadline - time.monotonic()) > 0 or not self.may_go_out():
+            time.sleep(min(left, 0.02) if left > 0 else 0.02)
             self.send(": waiting\n\n")  # notices a client that left
         self.send(f"event: {name}\ndata: {json.dumps(data)}\n\n")
+
+    def may_go_out(self) -> bool:
+        with self.server.lock:
+            if self.server.let is None:
+                return True
+            may = self.server.let > 0
+            self.server.let -= may
+            return may
 
     def send(self, text):
         self.wfile.write(text.encode())

@@ -59,7 +59,7 @@ class Running:
         self._process.kill()
         self._process.join()
 
-    def finish(self, seconds: float = 240) -> int:
+    def finish(self, seconds: float = 900) -> int:
         """Wait for the end; return the exit status, negative for a signal."""
         self._process.join(seconds)
         if self._process.is_alive():

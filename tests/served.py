@@ -41,7 +41,7 @@ CALLS = tuple(map(written, (*FRAGMENTS, *FOLLOW_UPS)))
 class FakeEngine:
     """Answers every question alike, as fast as `pace` seconds a part; `asked` are the prompts that it got.
 
-    `hold` is an event to wait for before each part, to keep an answer at work.
+    `hold` is an event to wait for before each part, or each from number `held_from` on, to keep an answer at work.
     """
 
     name = "fake-model, q8_0"  # what is shown; the model's id is MODEL
@@ -56,6 +56,7 @@ class FakeEngine:
         self.stopped_after: list[int] = []  # parts, of each answer that ended early
         self.hold = threading.Event()
         self.hold.set()
+        self.held_from = 0
         self.fails: BaseException | None = None
 
     def count_tokens(self, prompt: Prompt) -> int:
@@ -71,7 +72,7 @@ class FakeEngine:
             raise self.fails
         for number, written in enumerate(CALLS):
             ends = time.monotonic() + self.pace
-            while time.monotonic() < ends or not self.hold.is_set():
+            while time.monotonic() < ends or not (self.hold.is_set() or number < self.held_from):
                 if stopped():
                     self.stopped_after.append(number)
                     return
@@ -104,7 +105,7 @@ def serving(folder: Path, engine=None, access: Access | None = None, open_engine
     finally:
         engine.hold.set()
         stopping["loop"].call_soon_threadsafe(stopping["end"])
-        thread.join(15)
+        thread.join(60)
         assert not thread.is_alive(), "the server did not end"
 
 

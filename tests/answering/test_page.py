@@ -34,6 +34,7 @@ def test_an_answer_arrives_fragment_by_fragment_and_then_its_follow_ups(browser,
         assert re.sub(r"\s+", " ", choice.inner_text()) in (
             "1 Which of several routes wins? 38 %",
             "1 Which of several routes wins? fetching 38 %",
+            "1 Which of several routes wins? ready 38 %",
         )
         assert (
             page.locator(".choice .meter").first.evaluate("(bar) => getComputedStyle(bar).getPropertyValue('--share')")
@@ -73,10 +74,15 @@ def test_a_follow_up_that_was_answered_is_gone_to_and_not_asked_again(page, serv
     press(page, "k")
     arrived(page, QUESTION)
     assert "answered" in page.locator(".choice").first.inner_text()
+
+    def asked():
+        return [entry["question"] for entry in server.asked()].count(FIRST)
+
+    before = asked()  # twice, if what was fetched ahead had not begun to arrive when it was picked
     press(page, "1")
     arrived(page, FIRST)
     assert nodes(page) == [QUESTION, FIRST]
-    assert [entry["question"] for entry in server.asked()].count(FIRST) == 1
+    assert asked() == before <= 2
 
 
 def test_an_own_question_with_the_words_of_a_follow_up_follows_it(page, server):
@@ -117,24 +123,23 @@ def test_the_limits_are_shown_while_typing_and_text_stays_on_one_line(page):
     assert page.inner_text("#counter") == "0 / 40"
 
 
-def test_stop_keeps_what_came_and_the_draft_can_be_asked_again(browser, serve):
-    server = serve(pause=0.4)
-    with a_page(browser, server) as page:
-        page.fill("#own-question", QUESTION)
-        press(page, "Enter")
-        page.locator(".fragment").first.wait_for()
-        press(page, "Escape")
-        page.locator(".unfinished").wait_for()
-        came = len(fragments(page))
-        assert 1 <= came < 4
-        eventually(lambda: server.asked()[0]["ended"], "given up")
-        eventually(
-            lambda: [(node["state"], len(node["fragments"])) for node in server.document()["nodes"].values()],
-            [("draft", came)],
-        )
-        press(page, "r")
-        arrived(page, QUESTION)
-        assert len(fragments(page)) == 4 and len(nodes(page)) == 1
+def test_stop_keeps_what_came_and_the_draft_can_be_asked_again(page, server):
+    server.let(2)
+    page.fill("#own-question", QUESTION)
+    press(page, "Enter")
+    page.locator(".fragment").nth(1).wait_for()
+    press(page, "Escape")
+    page.locator(".unfinished").wait_for()
+    assert len(fragments(page)) == 2
+    eventually(lambda: server.asked()[0]["ended"], "given up")
+    eventually(
+        lambda: [(node["state"], len(node["fragments"])) for node in server.document()["nodes"].values()],
+        [("draft", 2)],
+    )
+    server.let()
+    press(page, "r")
+    arrived(page, QUESTION)
+    assert len(fragments(page)) == 4 and len(nodes(page)) == 1
 
 
 def test_asking_again_keeps_another_answer_beside_the_first_and_the_same_one_once(page, server):

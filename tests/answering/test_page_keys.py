@@ -119,10 +119,12 @@ def test_a_focus_that_goes_behind_a_panel_closes_it(browser, server):
     with a_page(browser, server, **PHONE) as page:
         ask(page)
         page.locator("#open-shelf").tap()
+        page.locator("#shelf li button").wait_for()  # the click comes after the tap
         page.locator("#shelf li button").focus()
         press(page, "Tab")
         page.locator("#shelf").wait_for(state="hidden")
         page.locator("#open-map").tap()
+        page.locator("#map-panel").wait_for()
         press(page, "o")
         page.locator("#map-panel").wait_for(state="hidden")
         assert page.evaluate(FOCUS) == "own-question"
@@ -135,17 +137,18 @@ def test_the_map_of_a_wide_window_does_not_cover_it_when_it_gets_narrow(page):
     eventually(lambda: page.locator("#map-panel").is_visible(), False)
 
 
-def test_escape_leaves_the_line_and_stops_no_answer_of_another_conversation(browser, serve):
-    server = serve(pause=0.3)
-    with a_page(browser, server) as page:
-        page.fill("#own-question", QUESTION)
-        press(page, "Enter")
-        page.locator(".fragment").first.wait_for()
-        press(page, "n", "Escape")
-        assert page.evaluate(FOCUS) == "question"
-        page.locator("#shelf li button").click()
-        arrived(page, QUESTION)
-        assert len(fragments(page)) == 4
+def test_escape_leaves_the_line_and_stops_no_answer_of_another_conversation(page, server):
+    server.let(1)
+    page.fill("#own-question", QUESTION)
+    press(page, "Enter")
+    page.locator(".fragment").first.wait_for()
+    press(page, "n", "Escape")
+    assert page.evaluate(FOCUS) == "question"
+    page.locator("#shelf li button").click()
+    page.locator(".fragment").first.wait_for()
+    server.let()
+    arrived(page, QUESTION)
+    assert len(fragments(page)) == 4
 
 
 def test_a_notice_that_stays_is_not_pushed_out_and_passing_ones_are(page):
@@ -185,12 +188,19 @@ def test_a_dialog_stays_when_a_text_in_it_is_selected_beyond_its_edge(page):
     assert page.locator("dialog").count() == 0
 
 
-def test_who_scrolled_up_to_read_stays_there_while_an_answer_arrives(browser, serve):
-    with a_page(browser, serve(pause=0.4), viewport={"width": 700, "height": 300}) as page:
+def test_who_scrolled_up_to_read_stays_there_while_an_answer_arrives(browser, server):
+    with a_page(browser, server, viewport={"width": 700, "height": 300}) as page:
+        server.let(8)
         ask(page)
+        eventually(lambda: len(server.asked()), 2)  # the first follow-up is fetched ahead, and nothing of it arrives
         page.keyboard.press("1")
+        eventually(lambda: server.asked()[1]["ended"], "given up")
+        server.let(2)
         page.locator(".turn.now .fragment").nth(1).wait_for()
+        page.evaluate("addEventListener('wheel', () => { window.turned = true; }, {passive: true})")
         page.mouse.move(200, 120)
         page.mouse.wheel(0, -5000)
+        eventually(lambda: page.evaluate("window.turned"), True)
+        server.let()
         arrived(page, FIRST)
         assert page.locator("#reading").evaluate("(place) => place.scrollTop") < 5

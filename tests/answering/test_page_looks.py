@@ -182,9 +182,11 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_map_and_shelf_are_panel
         page.locator(".correction").get_by_text("Cancel").tap()
         assert not page.locator("[role=tree]").is_visible()
         page.locator("#open-map").tap()
+        page.locator("[role=tree]").wait_for()  # the click comes after the tap
         assert page.evaluate("document.activeElement.ariaLabel") == "Close the map", "the focus is in the panel"
         page.locator("#open-shelf").tap()
         page.locator("[role=tree]").wait_for(state="hidden")
+        page.locator("#shelf").wait_for()
         press(page, "Escape")
         page.locator("#shelf").wait_for(state="hidden")
         page.locator("#open-map").tap()

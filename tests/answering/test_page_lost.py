@@ -31,17 +31,17 @@ def begin(page, question=QUESTION):
 # --- undo ------------------------------------------------------------------------------------------------------------
 
 
-def test_undo_takes_back_what_its_step_changed_and_nothing_that_came_since(browser, serve):
-    server = serve(pause=0.3)
-    with a_page(browser, server) as page:
-        begin(page)
-        press(page, "g")
-        arrived(page, QUESTION)
-        press(page, "z")
-        page.locator(".notice", has_text="Undone: the mark.").wait_for()
-        assert len(fragments(page)) == 4 and page.locator(".choice").count() == 3
-        document = server.document(lambda found: "'whole'" in str(found))
-        assert [node["mark"] for node in document["nodes"].values()] == [None]
+def test_undo_takes_back_what_its_step_changed_and_nothing_that_came_since(page, server):
+    server.let(1)
+    begin(page)
+    press(page, "g")
+    server.let()
+    arrived(page, QUESTION)
+    press(page, "z")
+    page.locator(".notice", has_text="Undone: the mark.").wait_for()
+    assert len(fragments(page)) == 4 and page.locator(".choice").count() == 3
+    document = server.document(lambda found: "'whole'" in str(found) and "'good'" not in str(found))
+    assert [node["mark"] for node in document["nodes"].values()] == [None]
 
 
 TREE = "const tree = await import('/static/conversation.js');"
@@ -73,21 +73,20 @@ def test_an_orphan_does_not_stop_a_merge(modules):
 # --- answers that are asked again ------------------------------------------------------------------------------------
 
 
-def test_asking_a_draft_again_without_a_server_keeps_what_had_come(browser, serve):
-    server = serve(pause=0.4)
-    with a_page(browser, server) as page:
-        begin(page)
-        page.locator(".fragment").nth(1).wait_for()
-        server.kill()
-        page.locator(".unfinished").wait_for()
-        came = fragments(page)
-        press(page, "r")
-        page.locator(".unfinished", has_text="The server does not answer").wait_for()
-        assert fragments(page) == came and len(came) >= 2
-        server.start()
-        press(page, "r")
-        arrived(page, QUESTION)
-        assert fragments(page)[: len(came)] == came and len(nodes(page)) == 1
+def test_asking_a_draft_again_without_a_server_keeps_what_had_come(page, server):
+    server.let(2)
+    begin(page)
+    page.locator(".fragment").nth(1).wait_for()
+    server.kill()
+    page.locator(".unfinished").wait_for()
+    came = fragments(page)
+    press(page, "r")
+    page.locator(".unfinished", has_text="The server does not answer").wait_for()
+    assert fragments(page) == came and len(came) == 2
+    server.start()
+    press(page, "r")
+    arrived(page, QUESTION)
+    assert fragments(page)[: len(came)] == came and len(nodes(page)) == 1
 
 
 def test_a_draft_keeps_its_parts_until_as_many_have_come_again(modules):
@@ -117,16 +116,19 @@ def test_the_same_answer_again_leaves_the_reader_where_they_went(page, server):
     assert page.inner_text("#question") == QUESTION and nodes(page) == [QUESTION, "Always the same?"]
 
 
-def test_an_answer_goes_on_in_a_conversation_that_is_left_and_come_back_to(browser, serve):
-    server = serve(pause=0.2)
-    with a_page(browser, server) as page:
-        begin(page)
-        press(page, "n")
-        page.locator(".start").wait_for()
-        page.locator("#shelf li button").click()
-        arrived(page, QUESTION)
-        assert len(fragments(page)) == 4
-        server.document(lambda found: "'whole'" in str(found))
+def test_an_answer_goes_on_in_a_conversation_that_is_left_and_come_back_to(page, server):
+    server.let(1)
+    begin(page)
+    press(page, "n")
+    page.locator(".start").wait_for()
+    server.let(2)
+    eventually(lambda: [len(each["fragments"]) for each in kept(page)[0]["doc"]["nodes"].values()], [3])
+    page.locator("#shelf li button").click()
+    page.locator(".fragment").nth(2).wait_for()
+    server.let()
+    arrived(page, QUESTION)
+    assert len(fragments(page)) == 4
+    server.document(lambda found: "'whole'" in str(found))
 
 
 BACKGROUND = """

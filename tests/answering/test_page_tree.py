@@ -1,7 +1,4 @@
-"""The page as a tree: where a reader goes, what they delete, mark and correct, and what is fetched ahead."""
-
-import re
-import time
+"""The page as a tree: where a reader goes, what they delete, mark and correct."""
 
 from page_browser import (
     FIRST,
@@ -9,7 +6,6 @@ from page_browser import (
     QUESTION,
     SECOND,
     STOLEN,
-    THIRD,
     a_page,
     arrived,
     ask,
@@ -119,7 +115,7 @@ def test_the_shelf_lists_all_conversations_and_back_goes_to_the_one_before(page)
 def test_a_branch_is_deleted_and_undo_brings_it_back(page, server):
     grow(page)
     press(page, "k", "Delete")
-    page.locator(".notice", has_text="Deleted 3 answers.").wait_for()
+    page.locator(".notice", has_text="Deleted 3 answers.").hover()  # while the pointer is on it, it stays
     assert nodes(page) == [QUESTION, FIRST]
     server.document(lambda found: len(found["nodes"]) == 2)
     page.locator(".notice button", has_text="Undo").click()
@@ -136,6 +132,7 @@ def test_a_conversation_is_deleted_and_undo_brings_it_back(page, server):
     page.click("#open-menu")
     page.get_by_text("Delete the conversation").click()
     page.locator(".start").wait_for()
+    page.locator(".notice", has_text="Deleted").hover()
     eventually(server.documents, [])
     press(page, "Escape")
     page.locator(".notice button", has_text="Undo").click()
@@ -211,117 +208,3 @@ def html_stays_text(page):
         "() => { try { document.body.innerHTML = '<i>x</i>'; return 'taken' } catch (error) { return error.name } }"
     )
     assert with_html == "TypeError", "the page's own policy refuses it"
-
-
-# --- prefetching -----------------------------------------------------------------------------------------------------
-
-
-def test_likely_follow_ups_are_prefetched_and_there_at_once(browser, serve):
-    server = serve(pause=0.15)
-    with a_page(browser, server) as page:
-        ask(page)
-        eventually(lambda: page.locator(".choice .state").all_inner_texts(), ["ready"] * 3)
-        assert [(e["question"], e["prefetch"]) for e in server.asked()] == [
-            (QUESTION, False),
-            (FIRST, True),
-            (SECOND, True),
-            (THIRD, True),
-        ]
-        wait = page.evaluate(
-            """async () => { const start = performance.now(); document.querySelector('.choice').click();
-            const count = (what) => document.querySelectorAll(what).length;
-            while (count('.turn.now .choice') < 3 || count('.turn') < 2)
-                await new Promise(requestAnimationFrame);
-            return performance.now() - start; }"""
-        )
-        assert wait < 500, "an answer takes about a second"
-        assert page.inner_text("#question") == FIRST
-        gain = page.inner_text(".status .gain")
-        assert re.fullmatch(
-            r"Fetched ahead: 1, there after \d+ ms instead of \d\.\d s \(median\); \d+(\.\d)? m?s not waited",
-            gain,
-        ), gain
-
-
-def test_prefetching_is_given_up_when_the_reader_goes_elsewhere_and_a_running_one_is_taken_over(browser, serve):
-    server = serve(pause=0.4)
-    with a_page(browser, server) as page:
-        ask(page)
-        page.locator(".choice .state", has_text="fetching").wait_for()
-        press(page, "o")
-        page.keyboard.type("Something else?")
-        press(page, "Enter")
-        arrived(page, "Something else?")
-        log = {entry["question"]: entry["ended"] for entry in server.asked()}
-        assert log[FIRST] == "given up" and log["Something else?"] == "whole" and SECOND not in log
-        fetching = "Example of else?"
-        eventually(lambda: page.locator(".choice .state").first.inner_text(), "fetching")
-        time.sleep(1.0)  # a fragment or two have arrived by now
-        press(page, "1")
-        arrived(page, fetching)
-        lines = [len(entry["history"]) for entry in server.asked() if entry["question"] == fetching]
-        assert lines.count(min(lines)) == 1, "it was not asked a second time"
-        eventually(lambda: page.locator(".choice .state").first.inner_text(), "fetching")
-        deepest = max(server.asked(), key=lambda entry: len(entry["history"]))
-        press(page, "k")
-        eventually(lambda: next(e["ended"] for e in server.asked() if e["history"] == deepest["history"]), "given up")
-
-
-def test_prefetching_can_be_switched_off(page, server):
-    page.click("#open-menu")
-    page.get_by_label("Fetch follow-ups ahead").uncheck()
-    press(page, "Escape")
-    ask(page)
-    time.sleep(0.5)
-    assert [entry["question"] for entry in server.asked()] == [QUESTION]
-    page.reload()
-    arrived(page, QUESTION)
-    time.sleep(0.3)
-    assert len(server.asked()) == 1
-
-
-def test_what_is_fetched_ahead_again_after_a_correction_is_taken_when_it_is_picked(browser, serve):
-    server = serve(pause=0.3)
-    with a_page(browser, server) as page:
-        ask(page)
-        eventually(lambda: page.locator(".choice .state").first.inner_text(), "fetching")
-        press(page, "t")
-        page.locator(".correction input").first.fill("Corrected.")
-        press(page, "Control+Enter")
-        eventually(lambda: page.locator(".choice .state").first.inner_text(), "fetching")
-        time.sleep(0.8)  # a fragment has arrived by now
-        press(page, "1")
-        arrived(page, FIRST)
-        assert [e["question"] for e in server.asked() if "Corrected." in str(e["history"])].count(FIRST) == 1
-
-
-def test_what_was_fetched_ahead_for_words_that_another_tab_corrected_is_not_taken(browser, server):
-    context = browser.new_context(reduced_motion="reduce")
-    with a_page(browser, server, context) as one, a_page(browser, server, context) as two:
-        ask(one)
-        eventually(lambda: one.locator(".choice .state").all_inner_texts(), ["ready"] * 3)
-        two.locator("#shelf li button").click()
-        arrived(two, QUESTION)
-        press(two, "t")
-        two.locator(".correction input").first.fill("Corrected.")
-        press(two, "Control+Enter")
-        eventually(lambda: fragments(one)[0], "Corrected.")
-
-        def asked():
-            return [e["history"][1]["text"] for e in server.asked() if e["question"] == FIRST]
-
-        eventually(lambda: asked().count("Corrected."), 2)  # each tab once
-        eventually(lambda: one.locator(".choice .state").all_inner_texts(), ["ready"] * 3)  # picked sooner, asked again
-        press(one, "1")
-        arrived(one, FIRST)
-        assert asked().count("Corrected.") == 2
-    context.close()
-
-
-def test_who_asks_and_looks_at_another_tab_meanwhile_finds_follow_ups_fetched_on_coming_back(page, server):
-    page.evaluate("Object.defineProperty(document, 'hidden', {get: () => window.away ?? true, configurable: true})")
-    ask(page)
-    time.sleep(0.3)
-    assert [entry["question"] for entry in server.asked()] == [QUESTION]
-    page.evaluate("() => { window.away = false; document.dispatchEvent(new Event('visibilitychange')); }")
-    eventually(lambda: page.locator(".choice .state").all_inner_texts(), ["ready"] * 3)

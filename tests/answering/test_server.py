@@ -27,13 +27,13 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def slow(tmp_path):
-    """A server whose engine answers one part after each `hold.set()`, and else waits."""
+    """A server whose engine waits for `hold.set()`."""
     with serving(tmp_path) as found:
         found.engine.hold.clear()
         yield found
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=60.0):
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "it did not happen"
@@ -58,13 +58,12 @@ def test_an_answer_comes_as_events_a_fragment_or_choice_each(server):
 
 
 def test_a_part_is_sent_as_soon_as_it_is_whole(slow):
-    slow.engine.pace = 0.2
-    slow.engine.hold.set()
+    slow.engine.held_from = 1
     with open_stream(slow) as connection:
-        received, started = b"", time.monotonic()
-        while b"event: fragment" not in received:
+        received = b""
+        while b"event: fragment" not in received:  # the others are not there yet, so it did not wait for them
             received += connection.recv(4096)
-        assert b"event: choice" not in received and time.monotonic() - started < 5
+        assert b"event: choice" not in received
 
 
 def test_the_prompt_has_the_history_and_the_date_of_the_training_data(server):
@@ -206,14 +205,14 @@ def read_all(connection):
 
 def test_a_prefetch_gives_way_to_a_question_and_is_finished_later(slow):
     """It has sent two parts when somebody asks. That answer is whole first, and no part is sent twice."""
+    slow.engine.held_from = 2
     prefetch = open_stream(slow, value={"question": "prefetched", "prefetch": True})
-    slow.engine.pace = 0.05
-    wait_until(lambda: slow.engine.asked)
-    slow.engine.hold.set()
     received = b""
     while received.count(b"event: fragment") < 2:
         received += prefetch.recv(4096)
     question = open_stream(slow)
+    wait_until(lambda: len(slow.engine.asked) == 2)
+    slow.engine.hold.set()
     assert b"event: done" in read_all(question)
     received += read_all(prefetch)
     assert [received.count(name) for name in (b"event: fragment", b"event: choice", b"event: done")] == [2, 3, 1]
@@ -236,7 +235,7 @@ def test_requests_wait_while_the_model_loads_and_health_says_so(tmp_path):
     loaded, engine = threading.Event(), FakeEngine()
 
     def load():
-        loaded.wait(20)
+        loaded.wait(120)
         return engine
 
     with serving(tmp_path, engine, open_engine=load) as server:
@@ -266,7 +265,7 @@ def test_a_stream_that_waits_long_shows_signs_of_life(slow, monkeypatch):
 
 
 def test_a_client_that_sends_nothing_half_a_head_or_half_a_body_is_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(listening, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(listening, "HEADER_SECONDS", 2)  # a busy machine may need one for a head
     monkeypatch.setattr(http_requests, "BODY_SECONDS", 0.3)
     with serving(tmp_path) as server:
         silent = socket.create_connection(("127.0.0.1", server.port), timeout=10)
@@ -281,7 +280,7 @@ def test_a_client_that_sends_nothing_half_a_head_or_half_a_body_is_dropped(tmp_p
         drip.sendall(b"GET /health HTTP/1.1\r\nX: ")
         assert server_answers(server)
         started, dropped = time.monotonic(), False
-        while not dropped and time.monotonic() - started < 5:
+        while not dropped and time.monotonic() - started < 30:
             time.sleep(0.1)
             try:
                 drip.sendall(b"x")

@@ -25,6 +25,12 @@ from conversation.runs.folder import RunFolder
 
 TRAIN, MERGE, TEST = "train_conversation.py", "merge_conversation_model.py", "test_conversation_model.py"
 
+# Where a process waits, so that a kill or a signal comes in time, however late this one gets its turn.
+STEP = ("held_before", "conversation.training.conversation_trainer", "backward_in_micro_batches")
+HASHES = ("held_before", "conversation.training.checkpoints", "write_json")
+MERGED = ("held_before", "conversation.models.merging", "replace_folder", 1)
+SECOND_CASES = ("held_before", "conversation.answering.structural_tests", "run_cases", 2)
+
 
 # --- training ------------------------------------------------------------------------------------------------------
 
@@ -44,8 +50,8 @@ def test_training_killed_at_a_random_moment_and_resumed_gives_the_same_bytes(tmp
 
 
 def test_training_killed_before_its_first_step_has_a_record_and_goes_on_from_there(tmp_path, flags, untouched):
-    run = tmp_path / "run"
-    first = start(TRAIN, "--run_dir", run, *flags, output=tmp_path / "first")
+    run, held = tmp_path / "run", (*STEP, 1, tmp_path / "never")
+    first = start(TRAIN, "--run_dir", run, *flags, output=tmp_path / "first", faults=(held,))
     assert until(run.exists, first)
     first.kill()
     assert RunFolder(run).read().config.max_steps == 12  # the record is born with the folder
@@ -84,8 +90,8 @@ def test_a_report_that_a_kill_prevented_is_written_by_the_next_resume(trained, t
 
 
 def test_training_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(tmp_path, flags, untouched):
-    run = tmp_path / "run"
-    first = start(TRAIN, "--run_dir", run, *flags, output=tmp_path / "first")
+    run, held = tmp_path / "run", (*HASHES, 2, tmp_path / "never")
+    first = start(TRAIN, "--run_dir", run, *flags, output=tmp_path / "first", faults=(held,))
     assert until((run / "checkpoints" / "checkpoint-6").exists, first)
     first.kill()
     assert not (run / "checkpoints" / "checkpoint-6" / "hashes.json").exists(), "the kill came too late"
@@ -96,11 +102,12 @@ def test_training_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_befor
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_loses_nothing(tmp_path, flags, untouched, number, status):
-    run = tmp_path / "run"
-    # no checkpoint would come by itself
-    first = start(TRAIN, "--run_dir", run, *flags, "--save_steps", "50", output=tmp_path / "first")
+    run, go = tmp_path / "run", tmp_path / "go"
+    more = ["--save_steps", "50"]  # no checkpoint would come by itself
+    first = start(TRAIN, "--run_dir", run, *flags, *more, output=tmp_path / "first", faults=((*STEP, 6, go),))
     until(lambda: (run / "metrics.jsonl").exists() and '"step": 4' in (run / "metrics.jsonl").read_text(), first)
     os.kill(first.pid, number)
+    go.touch()
     assert first.finish() == status, first.output
     (saved,) = (run / "checkpoints").glob("checkpoint-*")
     step = int(saved.name.removeprefix("checkpoint-"))
@@ -130,10 +137,12 @@ def test_a_resume_leaves_no_trace_in_the_metrics(tmp_path, flags, untouched, ste
 
 
 def test_a_closed_terminal_saves_a_checkpoint_too(tmp_path, flags):
-    run = tmp_path / "run"
-    first = start(TRAIN, "--run_dir", run, *flags, "--save_steps", "50", output=tmp_path / "first")
+    run, go = tmp_path / "run", tmp_path / "go"
+    more = ["--save_steps", "50"]
+    first = start(TRAIN, "--run_dir", run, *flags, *more, output=tmp_path / "first", faults=((*STEP, 4, go),))
     until(lambda: (run / "metrics.jsonl").exists() and '"step": 2' in (run / "metrics.jsonl").read_text(), first)
     os.kill(first.pid, signal.SIGHUP)
+    go.touch()
     assert first.finish() == 129 and list((run / "checkpoints").glob("checkpoint-*/hashes.json"))
 
 
@@ -146,8 +155,8 @@ def test_a_merge_that_is_killed_leaves_nothing_under_the_final_name_and_is_done_
     for path in run.merged_model.iterdir():
         path.unlink()
     run.merged_model.rmdir()
-    part = run.path / f".{run.merged_model.name}.part"
-    first = start(MERGE, "--run_dir", run.path, output=tmp_path / "first")
+    part, held = run.path / f".{run.merged_model.name}.part", (*MERGED, tmp_path / "never")
+    first = start(MERGE, "--run_dir", run.path, output=tmp_path / "first", faults=(held,))
     assert until((part / "config.json").exists, first)
     first.kill()
     assert part.exists() and not run.merged_model.exists()
@@ -159,8 +168,8 @@ def test_a_merge_that_is_killed_leaves_nothing_under_the_final_name_and_is_done_
 
 def test_a_merge_stopped_by_sigterm_cleans_up_and_ends_with_143(trained, tmp_path):
     run = RunFolder(trained)
-    part = run.path / f".{run.merged_model.name}.part"
-    first = start(MERGE, "--run_dir", run.path, output=tmp_path / "first")
+    part, held = run.path / f".{run.merged_model.name}.part", (*MERGED, tmp_path / "never")
+    first = start(MERGE, "--run_dir", run.path, output=tmp_path / "first", faults=(held,))
     assert until((part / "config.json").exists, first)
     os.kill(first.pid, signal.SIGTERM)
     assert first.finish() == 143 and "error: stopped by SIGTERM" in first.output and "--resume" in first.output
@@ -169,7 +178,8 @@ def test_a_merge_stopped_by_sigterm_cleans_up_and_ends_with_143(trained, tmp_pat
 
 def test_testing_that_is_killed_is_done_again(trained, tmp_path):
     run = RunFolder(trained)
-    first = start(TEST, "--run_dir", run.path, output=tmp_path / "first")
+    held = (*SECOND_CASES, tmp_path / "never")
+    first = start(TEST, "--run_dir", run.path, output=tmp_path / "first", faults=(held,))
     until(lambda: "structural tests passed" in first.output or "FAILED" in first.output, first)
     first.kill()
     assert not run.read().structural_tests and not run.structural_tests.exists()

@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 from conftest import easy_lines
+from ports import port_for_later
 from safetensors.torch import load_file, save_file
 from scripts_at_work import adapters, start
 
@@ -25,9 +26,7 @@ def run_both(folder, *flags, first=(), second=(), faults=((), ()), only=(0, 1)):
 
     Returns exit status and output of each. `first`, `second`: more flags for one; `only`: those that are started.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    running = []
+    port, running = port_for_later(), []
     for rank in only:
         own = [*flags, *FEW, "--run_dir", folder / ("run" if rank == 0 else "not_used"), *((first, second)[rank])]
         several = (("process_of_several", rank, 2, port), *faults[rank])

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LEARNS, PROJECT, TOOLS, lay_into_hub_cache, make_home
+from ports import port_for_later
 from scripts_at_work import until
 
 LEARNS_NOT = "--max_steps 2 --learning_rate 1e-5".split()
@@ -77,9 +77,7 @@ def test_transformers_serve_answers_an_openai_client_with_tool_calls(home, publi
     from openai import OpenAI
 
     merged = home / "training-runs" / "conversation" / "latest" / "merged_model_fp32"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = port_for_later()
     command = [Path(sys.executable).with_name("transformers"), "serve", merged, "--device", "cpu", "--dtype", "float32"]
     server = subprocess.Popen(
         [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],

@@ -28,20 +28,23 @@ from serve_conversation_model import name_of
 
 SERVE = "serve_conversation_model.py"
 FAKE = """
-import sys
+import pathlib, sys
 sys.path[:0] = [{project!r}, {project!r} + "/tests"]
 import conversation.answering as package, types
 engines = types.ModuleType("conversation.answering.engines")
 sys.modules["conversation.answering.engines"] = engines  # before a module imports the true one
 from served import FakeEngine
 def open_engine(source, device):
-    engine = FakeEngine({pace})
+    engine = FakeEngine()
+    engine.hold.is_set = pathlib.Path({go!r}).exists
     engine.warm_up = lambda: print("warm")
     return engine
 engines.open_engine = open_engine
 sys.argv[0] = "serve_conversation_model.py"
 import serve_conversation_model
+from conversation.answering import listening
 from conversation.errors import run_main
+listening.GRACE_SECONDS = {grace}
 run_main(serve_conversation_model.main)
 """
 
@@ -53,10 +56,13 @@ def heed_signals():
 
 
 class Served:
-    """The script at work over an engine that answers at once; `lines` are what it printed so far."""
+    """The script at work over an engine that answers at once, or as soon as the file `go` is there.
 
-    def __init__(self, tmp_path, *flags, pace=0.0, env=None):
-        code = FAKE.format(project=str(PROJECT), pace=pace)
+    `lines` are what it printed so far; `grace`: how many seconds it gives the answer at work when it is to end.
+    """
+
+    def __init__(self, tmp_path, *flags, go=PROJECT, grace=10, env=None):
+        code = FAKE.format(project=str(PROJECT), go=str(go), grace=grace)
         command = [sys.executable, "-c", code, "--model", str(tmp_path), "--data_dir", str(tmp_path), *map(str, flags)]
         clean = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "BROWSER")}
         self.process = subprocess.Popen(
@@ -81,18 +87,31 @@ class Served:
         connection.request("POST", "/api/answer", body, {"Content-Type": "application/json"})
         return connection
 
+    def tell_to_end(self, number):
+        """Send a signal, and wait until it is heeded: no more requests are taken."""
+        self.process.send_signal(number)
+        until = time.monotonic() + 60
+        with contextlib.suppress(ConnectionRefusedError):
+            while time.monotonic() < until:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                time.sleep(0.02)
+
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=60)
         return self.process.returncode, "".join(self.lines) + out, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_in_order_and_the_answer_at_work_is_finished(tmp_path, number):
-    served = Served(tmp_path, "--port", 0, pace=0.3)
+    go = tmp_path / "go"
+    served = Served(tmp_path, "--port", 0, go=go)
     first, second = (served.ask() for _ in range(2))
     answers = [first.getresponse(), second.getresponse()]  # their heads: one is at work, the other waits
-    status, out, err = served.end(number)
+    served.tell_to_end(number)
+    go.touch()
+    out, err = served.process.communicate(timeout=60)
+    status, out = served.process.returncode, "".join(served.lines) + out
     finished, told = (parse_events(answer.read().decode())[-1] for answer in answers)
     assert finished[0] == "done"
     assert told[0] == "error" and "ending" in told[1]["error"]["message"]
@@ -100,14 +119,13 @@ def test_a_signal_ends_it_in_order_and_the_answer_at_work_is_finished(tmp_path, 
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    served = Served(tmp_path, "--port", 0, pace=60)
+    served = Served(tmp_path, "--port", 0, go=tmp_path / "never", grace=300)
     asked = served.ask()
     asked.getresponse()  # its head: the answer is at work
     started = time.monotonic()
-    served.process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    served.tell_to_end(signal.SIGINT)
     status, _, err = served.end(signal.SIGINT)
-    assert time.monotonic() - started < 9 and status == 0 and "Traceback" not in err
+    assert time.monotonic() - started < 150 and status == 0 and "Traceback" not in err
 
 
 def test_it_says_address_and_model_and_that_there_is_no_browser(tmp_path):

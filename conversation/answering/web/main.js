@@ -48,7 +48,7 @@ const library = new Library(store, {
 });
 
 const gains = new Gains();
-const prefetch = new Prefetch((id) => reader.doc?.current === id && reading.render());
+const prefetch = new Prefetch((id) => reader.doc?.current === id && reading.renderStates());
 prefetch.enabled = settings.prefetch;
 const undo = new Undo();
 

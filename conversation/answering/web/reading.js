@@ -38,6 +38,12 @@ export class Reading {
     this.#follow(node);
   }
 
+  /** Shows which follow-ups are fetched ahead. Nothing is replaced: a button may just be held down. */
+  renderStates() {
+    const states = this.#column.querySelectorAll(".turn.now .choice .state");
+    states.forEach((each, place) => (each.textContent = this.#stateOf(this.reader.node, place)));
+  }
+
   /** Opens the form in which the current answer is corrected. */
   correct() {
     const { node } = this.reader;
@@ -154,9 +160,6 @@ export class Reading {
 
   #choice(node, { text, confidence }, place) {
     const percent = Math.round(confidence * 100);
-    const answered = tree.childrenOf(this.reader.doc, node.id).some((child) => child.from_choice === place);
-    const ahead = this.reader.prefetch.stateOf(node, place);
-    const state = answered ? "answered" : { ready: "ready", running: "fetching" }[ahead] ?? "";
     const button = h(
       "button",
       {
@@ -168,7 +171,7 @@ export class Reading {
       },
       h("kbd", { "aria-hidden": "true" }, String(place + 1)),
       h("span", { class: "text", dir: "auto" }, text),
-      h("span", { class: "state" }, state),
+      h("span", { class: "state" }, this.#stateOf(node, place)),
       h("span", { class: "meter", "aria-hidden": "true", style: { "--share": confidence } }),
       h("span", { class: "number" }, `${percent} %`),
     );
@@ -178,6 +181,11 @@ export class Reading {
       icon("edit"),
     );
     return h("li", {}, button, edit);
+  }
+
+  #stateOf(node, place) {
+    const answered = tree.childrenOf(this.reader.doc, node.id).some((child) => child.from_choice === place);
+    return answered ? "answered" : { ready: "ready", running: "fetching" }[this.reader.prefetch.stateOf(node, place)] ?? "";
   }
 
   /** The questions that were asked here beside the follow-ups. */
