@@ -42,6 +42,7 @@ FUNCTION_GEMMA = "google/functiongemma-270m-it"
 STAND_IN = "gemma-3-270m"
 
 ANSWERS = ("all", "first")
+REASONING = ("none", "restate")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT_CHECKPOINTS = 3
 MAX_EPOCHS = 100_000
@@ -78,6 +79,11 @@ class TrainingConfig:
         "the wordings of a tree's answers that are learnt: all, in turn; first: every question gets the first one, "
         "which is then seen more often",
         choices=ANSWERS,
+    )
+    reasoning: str = setting(
+        "none",
+        "what an answer begins with; restate: the question written out in full, in a call of its own",
+        choices=REASONING,
     )
     loss_on: str = setting("completion", "tokens that the loss counts", choices=("completion", "all"))
     step: str = setting(

@@ -20,6 +20,7 @@ import contextlib
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
@@ -46,6 +47,9 @@ from conversation.runs.lock import locked_folder
 from conversation.runs.record import RunRecord
 from conversation.runs.report import write_report
 from conversation_config import EXPORT_TYPES, HELD_OUT_QUESTIONS, add_device_flag, names_in, set_up_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COMPARED_EXAMPLES = 100
 MILLISECONDS = {"f32": 133, "f16": 67, "q8_0": 47, "q5_1": 45, "q4_k_m": 42}
@@ -113,7 +117,7 @@ def export(
     from conversation.models.gguf import TYPES, MergedWeights
     from conversation.models.llama_cpp import library
     from conversation.models.merged_model import MANIFEST, load_verified
-    from conversation.models.tokenizer import fingerprint
+    from conversation.models.tokenizer import restates
 
     library()
     weights = MergedWeights(folder)
@@ -140,10 +144,10 @@ def export(
     )
     make_folder(output, "name another with --output")
     remove_leftovers(output)
-    write_atomically(output / "conversation.gbnf", gbnf(tokenizer.get_vocab()).encode())
+    write_atomically(output / "conversation.gbnf", gbnf(tokenizer.get_vocab(), restates(tokenizer)).encode())
     parameters = sum(math.prod(shape) for shape in weights.shapes.values())
     run_name = run.path.name if run and not run.is_attempt else None  # an attempt will be called otherwise
-    metadata = metadata_of(record, run_name, files, parameters, fingerprint(tokenizer))
+    metadata = metadata_of(record, run_name, files, parameters, tokenizer)
     failed: list[UserError] = []
     for kind in types:
         print(f"\n{name}-{kind}.gguf", flush=True)
@@ -155,7 +159,9 @@ def export(
             continue
         done = done.with_file(found)
         write_export(done, output / "export.json")
-        write_atomically(output / "Modelfile", modelfile(file_for_ollama(done, found, output)).encode())
+        write_atomically(
+            output / "Modelfile", modelfile(file_for_ollama(done, found, output), restates(tokenizer)).encode()
+        )
         print(f"Exported: {shown(output / found.file)}, {found}", flush=True)
     if failed:
         raise UserError("\n".join(map(str, failed)), failed[0].hint, TRIED_AND_FAILED)
@@ -195,10 +201,15 @@ def say_what_it_takes(types: list[str], sizes: dict[str, int], output: Path) -> 
 
 
 def metadata_of(
-    record: RunRecord | None, run_name: str | None, files: dict[str, str], parameters: int, tokenizer_fingerprint: str
+    record: RunRecord | None,
+    run_name: str | None,
+    files: dict[str, str],
+    parameters: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, str]:
-    """What a file says about its origin: licence, base, run, fingerprint."""
-    from conversation.answering.vocabulary import FINGERPRINT_KEY
+    """What a file says about its origin: licence, base, run, fingerprint; and whether it restates questions."""
+    from conversation.answering.vocabulary import FINGERPRINT_KEY, RESTATES_KEY
+    from conversation.models.tokenizer import fingerprint, restates
 
     found = {
         "general.name": "Conversation model",
@@ -207,7 +218,8 @@ def metadata_of(
         "general.license.name": "Gemma Terms of Use",
         "general.license.link": "https://ai.google.dev/gemma/terms",
         "general.size_label": f"{parameters / 1e6:.0f}M",
-        FINGERPRINT_KEY: tokenizer_fingerprint,
+        FINGERPRINT_KEY: fingerprint(tokenizer),
+        RESTATES_KEY: str(restates(tokenizer)).lower(),
     }
     found |= {f"conversation.sha256.{name}": digest for name, digest in files.items() if name.endswith(".safetensors")}
     if record:

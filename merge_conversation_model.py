@@ -78,7 +78,8 @@ def merge(run: RunFolder, record: RunRecord, base_model: str, device: str | None
     check_disk_space(run.path, int(1.1 * weights.fp32_bytes(base_folder)), "the merged model")
     print("Merging in FP32, then reading the model back from disk ...", flush=True)
     prompts = [example.prompt for example in read_jsonl(run.training_data)[:COMPARED_PROMPTS]]
-    result = merging.merge(base_folder, run.final_lora, run.merged_model, prompts, training.adapter_files)
+    restates = record.config.reasoning == "restate"
+    result = merging.merge(base_folder, run.final_lora, run.merged_model, prompts, training.adapter_files, restates)
     run.evaluation.unlink(missing_ok=True)  # it was of another model
     run.write(replace(record, merge=result, structural_tests=None))
     print(f"Merged: {shown(run.merged_model)}, {result}")

@@ -9,7 +9,7 @@ from conversation.data.examples import read_training_data, to_jsonl
 from conversation.data.statistics import count_structure
 from conversation.errors import CommandLine, run_main
 from conversation.runs.files import write_atomically
-from conversation_config import ANSWERS, DATA_SETS, names_in
+from conversation_config import ANSWERS, DATA_SETS, REASONING, names_in
 
 
 def main() -> int:
@@ -18,9 +18,10 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="the JSONL file to write")
     parser.add_argument("--domains", default="", help="only these domains of the trees, separated by commas")
     parser.add_argument("--answers", choices=ANSWERS, default="all", help="as for train_conversation.py")
+    parser.add_argument("--reasoning", choices=REASONING, default="none", help="as for train_conversation.py")
     args = parser.parse_args()
     paths = DATA_SETS.get(args.training_data, (Path(args.training_data),))
-    examples = read_training_data(paths, names_in(args.domains), args.answers)
+    examples = read_training_data(paths, names_in(args.domains), args.answers, args.reasoning == "restate")
     write_atomically(args.output, to_jsonl(examples))
     for name, value in dataclasses.asdict(count_structure(examples)).items():
         print(f"{name.replace('_', ' '):20} {value}")

@@ -27,7 +27,7 @@ from conversation.errors import CommandLine, UserError, run_main
 from conversation.format.calls import Example
 from conversation.format.messages import to_row, to_sharegpt_row
 from conversation.runs.files import write_atomically
-from conversation_config import ANSWERS, DATA_SETS, names_in, set_up_libraries
+from conversation_config import ANSWERS, DATA_SETS, REASONING, names_in, set_up_libraries
 
 FORMS = {"messages": to_row, "sharegpt": to_sharegpt_row}
 
@@ -39,13 +39,14 @@ def main() -> int:
     parser.add_argument("--form", choices=FORMS, default="messages", help="of the rows (default: messages)")
     parser.add_argument("--domains", default="", help="only these domains of the trees, separated by commas")
     parser.add_argument("--answers", choices=ANSWERS, default="all", help="as for train_conversation.py")
+    parser.add_argument("--reasoning", choices=REASONING, default="none", help="as for train_conversation.py")
     args = parser.parse_args()
     write = {".jsonl": as_jsonl, ".parquet": as_parquet}.get(args.output.suffix)
     if write is None:
         raise UserError(f"{args.output} ends in neither .jsonl nor .parquet", "name the file to write so")
     set_up_libraries()
     paths = DATA_SETS.get(args.training_data, (Path(args.training_data),))
-    examples = read_training_data(paths, names_in(args.domains), args.answers)
+    examples = read_training_data(paths, names_in(args.domains), args.answers, args.reasoning == "restate")
     write_atomically(args.output, write(examples, args.form))
     print(f"{len(examples)} rows in {args.output}")
     return 0

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from conversation.answering.allowed_tokens import AllowedTokens
 from conversation.format.calls import MAX_FRAGMENTS, NUM_FOLLOW_UPS, FollowUp, repeated
 from conversation.format.control_tokens import END_OF_TURN, Control
-from conversation.format.grammar import ADD_CHOICE, ADD_TEXT, Call, Value, may_end
+from conversation.format.grammar import ADD_CHOICE, ADD_TEXT, RESTATE, Call, Value, may_end
 from conversation.models.tokenizer import common_prefix_length
 
 Scores = NDArray[np.float32]
@@ -73,8 +73,8 @@ class Written:
 
     @property
     def content(self) -> str | FollowUp:
-        """The fragment or the follow-up."""
-        return self.values[0] if self.call is ADD_TEXT else FollowUp(*self.values)
+        """The restated question or the fragment, or the follow-up."""
+        return FollowUp(*self.values) if self.call is ADD_CHOICE else self.values[0]
 
 
 @dataclass
@@ -109,8 +109,8 @@ class Writer:
 
     def __init__(self, reader: Reader, tokens: AllowedTokens, strength: float = 0.0):
         self._reader, self._tokens, self._strength = reader, tokens, strength
-        self._text, self._choice = (
-            [tokens.vocabulary.encode(run) for run in call.forced_pieces()] for call in (ADD_TEXT, ADD_CHOICE)
+        self._restate, self._text, self._choice = (
+            [tokens.vocabulary.encode(run) for run in call.forced_pieces()] for call in (RESTATE, ADD_TEXT, ADD_CHOICE)
         )
         self._draw: Draw | None = None
 
@@ -124,6 +124,8 @@ class Writer:
         self._draw = draw
         self._said: dict[Value, list[str]] = {kind: [] for kind in Value}
         ids: list[int] = []
+        if self._tokens.vocabulary.restates:
+            yield self._write_call(ids, RESTATE, self._restate)
         while self._another_fragment(ids):
             yield self._write_call(ids, ADD_TEXT, self._text)
         for _ in range(NUM_FOLLOW_UPS):

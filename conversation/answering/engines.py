@@ -23,6 +23,7 @@ from conversation.answering.vocabulary import FINGERPRINT_KEY, TransformersVocab
 from conversation.errors import UserError
 from conversation.format.calls import Prompt, Utterance
 from conversation.format.control_tokens import END_OF_TURN, Control
+from conversation.format.grammar import RESTATE
 from conversation.models.tokenizer import common_prefix_length
 from conversation.runs.export_record import read_export
 from conversation.runs.files import find_damage, shown
@@ -90,7 +91,8 @@ class GrammarEngine:
         contexts = [self._encoded(each) for each in decoding.prompts(prompt)]
         try:
             with self._cache.reader(contexts, stopped) as reader:
-                yield from Writer(reader, self._tokens, decoding.contrast).calls(decoding.draw(0, *contexts[0]))
+                calls = Writer(reader, self._tokens, decoding.contrast).calls(decoding.draw(0, *contexts[0]))
+                yield from (written for written in calls if written.call is not RESTATE)  # of no use to a reader
         except Stopped:
             return
 

@@ -14,7 +14,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from conversation.answering import relevance
-from conversation.answering.decoding import GREEDY, SAMPLED, Decoding, generate_with_each
+from conversation.answering.decoding import (
+    GREEDY,
+    NEUTRAL_PROMPT,
+    SAMPLED,
+    Decoding,
+    generate_answer,
+    generate_with_each,
+)
 from conversation.answering.knowledge import (
     Scorer,
     follow_up_ranks,
@@ -26,7 +33,9 @@ from conversation.answering.verdicts import Verdict, judge
 from conversation.data import figures
 from conversation.data.examples import evenly_spread
 from conversation.data.questions import Case, HeldOutCase
-from conversation.format.calls import Answer, Example
+from conversation.format.calls import Answer, Example, Prompt
+from conversation.format.parser import parse_restated
+from conversation.models.tokenizer import decode, restates
 from conversation.runs.evaluation_record import EvaluatedAnswer, Evaluation, SetFigures
 from conversation.runs.record import now
 
@@ -54,7 +63,7 @@ def evaluate(
     asked = _ask(model, tokenizer, cases, [decoding] if short else [decoding, SAMPLED])
     verdicts, sampled = asked[decoding], [None] * len(cases) if short else asked[SAMPLED]
     print("Reading what the model knows: answers, follow-ups, confidences, losses ...", flush=True)
-    scorer = Scorer(model, tokenizer)
+    scorer = Scorer(model, tokenizer, _restated(model, tokenizer, verdicts))
     held_out = [Example(case.prompt, case.answer) for case in cases]
     trained = evenly_spread(training, len(cases))
     parts = [*parts_of_five(cases), *(part for of_case in parts_of_follow_ups(cases) for part in of_case)]
@@ -125,6 +134,17 @@ def _ask(
         decoding: [judge(Case(case.topic, case.prompt), tokenizer, ids) for case, ids in zip(cases, found, strict=True)]
         for decoding, found in outputs.items()
     }
+
+
+def _restated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, verdicts: Sequence[Verdict]
+) -> dict[Prompt, str]:
+    """The questions in full, by prompt, with which a model that restates them began; of the neutral question, too."""
+    if not restates(tokenizer):
+        return {}
+    outputs = {verdict.case.prompt: verdict.output for verdict in verdicts}
+    outputs[NEUTRAL_PROMPT] = decode(tokenizer, generate_answer(model, tokenizer, NEUTRAL_PROMPT))
+    return {prompt: found for prompt, output in outputs.items() if (found := parse_restated(output)) is not None}
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

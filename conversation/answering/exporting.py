@@ -119,18 +119,20 @@ class Exporter:
     def _check_ids(self, engine: GrammarEngine) -> None:
         """Raises UserError unless llama.cpp encodes every text as the training did."""
         prompts = [case.prompt for case in (*THREE_CASES, *self._questions)]
-        pairs: list[tuple[list[int], Prompt, list[str]]]
-        pairs = [(encode_prompt(self._tokenizer, prompt), prompt, []) for prompt in prompts]
+        vocabulary = engine.vocabulary
+        pairs = [
+            (encode_prompt(self._tokenizer, prompt), vocabulary.encode_prompt(prompt), prompt.question)
+            for prompt in prompts
+        ]
         pairs += [
-            (list(encode_example(self._tokenizer, each).ids), each.prompt, each.answer.pieces())
+            (list(encode_example(self._tokenizer, each).ids), vocabulary.encode_example(each), each.prompt.question)
             for each in self._examples
         ]
-        for expected, prompt, pieces in pairs:
-            found = [*engine.vocabulary.encode_prompt(prompt), *engine.vocabulary.encode(pieces)]
+        for expected, found, question in pairs:
             if found != expected:
                 at = common_prefix_length(found, expected)
                 raise UserError(
-                    f"llama.cpp encodes {prompt.question!r} otherwise than the training, from token {at} on: "
+                    f"llama.cpp encodes {question!r} otherwise than the training, from token {at} on: "
                     f"{found[at : at + 4]}, expected {expected[at : at + 4]}",
                     "",
                     TRIED_AND_FAILED,

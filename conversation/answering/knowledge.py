@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,17 @@ class Scorer:
     """Log probabilities of parts of answers, each distinct sequence computed once.
 
     Sequences that are read together share what they begin with: `read_ahead` reads what several figures will ask for.
+    `restated`: the questions in full as the model itself wrote them, by prompt. They stand before what is asked for,
+    and have no part in the figures.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        restated: Mapping[Prompt, str] | None = None,
+    ):
+        self._model, self._tokenizer, self._restated = model, tokenizer, restated or {}
         self._escape = tokenizer.convert_tokens_to_ids(ESCAPE)
         self._digits = [encode(tokenizer, [str(digit)])[0] for digit in range(10)]
         self._known: dict[TokenSequence, Tensor] = {}
@@ -105,9 +113,14 @@ class Scorer:
             self._prompts[prompt] = encode_prompt(self._tokenizer, prompt)
         return self._prompts[prompt]
 
+    def _context(self, prompt: Prompt, restated: str | None) -> list[int]:
+        """The ids of a prompt, and of the question in full behind it."""
+        pieces = [] if restated is None else call_pieces("restate", question=restated)
+        return self._encode_prompt(prompt) + encode(self._tokenizer, pieces)
+
     def _sequence(self, part: Part) -> TokenSequence:
         prompt, before, pieces = part
-        context = self._encode_prompt(prompt) + encode(self._tokenizer, [*before])
+        context = self._context(prompt, self._restated.get(prompt)) + encode(self._tokenizer, [*before])
         ids = context + encode(self._tokenizer, [*pieces])
         return TokenSequence(tuple(ids), tuple(i >= len(context) for i in range(len(ids))))
 
@@ -115,10 +128,10 @@ class Scorer:
         """The examples with their answers marked as labels, and the kind of each label."""
         sequences, kinds = [], []
         for example in examples:
-            prompt = self._encode_prompt(example.prompt)
-            answer = encode(self._tokenizer, example.answer.pieces())
-            is_label = (False,) * len(prompt) + (True,) * len(answer)
-            sequences.append(TokenSequence((*prompt, *answer), is_label))
+            context = self._context(example.prompt, example.answer.restated or self._restated.get(example.prompt))
+            answer = encode(self._tokenizer, replace(example.answer, restated=None).pieces())
+            is_label = (False,) * len(context) + (True,) * len(answer)
+            sequences.append(TokenSequence((*context, *answer), is_label))
             kinds.append(self._kinds(answer, len(example.answer.fragments)))
         return sequences, kinds
 

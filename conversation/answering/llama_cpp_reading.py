@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from conversation.answering.constrained import Scores
 from conversation.answering.prefix_cache import KEPT, Full
+from conversation.answering.vocabulary import RESTATES_KEY
 from conversation.errors import TRIED_AND_FAILED, UserError
-from conversation.format.calls import Prompt
+from conversation.format.calls import Example, Prompt
 from conversation.format.control_tokens import (
     CONTROL_TOKENS,
     ESCAPE,
@@ -42,6 +44,7 @@ class GgufVocabulary:
                 "name a file that export_conversation_model.py made",
             )
         self.escape = self._ids[ESCAPE]
+        self.restates = model.metadata(RESTATES_KEY) == "true"
         self.texts = [name.replace("▁", " ") for name in names]
         kinds = model.token_attributes()
         control = {self._ids[token] for token in CONTROL_TOKENS if token in self._ids}
@@ -66,6 +69,12 @@ class GgufVocabulary:
         return [token for part in cut(text, self._added) for token in self._model.tokenize(part)]
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
+        return self._exactly(replace(prompt, restates=self.restates))
+
+    def encode_example(self, example: Example) -> list[int]:
+        return [*self._exactly(example.prompt), *self.encode(example.answer.pieces())]
+
+    def _exactly(self, prompt: Prompt) -> list[int]:
         return [self._model.bos, *self.encode(prompt.pieces())]
 
 

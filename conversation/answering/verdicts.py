@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from conversation.data.questions import Case
 from conversation.format.calls import Answer, Prompt, repeated
 from conversation.format.parser import FormatError, parse_answer
-from conversation.models.tokenizer import answer_pattern, decode, spelled_out_token
+from conversation.models.tokenizer import answer_pattern, decode, restates, spelled_out_token
 from conversation.runs.record import AskedQuestion
 from conversation.runs.report import mark
 
@@ -93,7 +93,7 @@ def judge(case: Case, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
     """The verdict on an answer, from its token ids."""
     output = decode(tokenizer, ids)
     try:
-        answer = parse_answer(output, answer_pattern(tokenizer))
+        answer = parse_answer(output, answer_pattern(tokenizer), restates(tokenizer))
     except FormatError as error:
         return Verdict(case, output, None, str(error), error.position, error.kind)
     if spelled_out := spelled_out_token(tokenizer, ids):

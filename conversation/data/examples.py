@@ -138,16 +138,19 @@ class TrainingData:
 
 
 def read_training_data(
-    paths: Path | Sequence[Path], domains: tuple[str, ...] = (), answers: str = "all"
+    paths: Path | Sequence[Path], domains: tuple[str, ...] = (), answers: str = "all", restates: bool = False
 ) -> list[Example]:
     """Examples from tree folders, lists of core trees, JSONL and Parquet files, data sets. Raises UserError."""
-    return read_data(paths, domains, answers).check().examples
+    return read_data(paths, domains, answers, restates).check().examples
 
 
-def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = (), answers: str = "all") -> TrainingData:
+def read_data(
+    paths: Path | Sequence[Path], domains: tuple[str, ...] = (), answers: str = "all", restates: bool = False
+) -> TrainingData:
     """The examples with their places, and the bad lines and trees. Raises UserError for what is no data at all.
 
-    `answers`: the wordings of a tree's answers that are taken, see `Tree.examples_of_nodes`.
+    `answers`, `restates`: the wordings of a tree's answers that are taken, and whether these begin with the question in
+    full, see `Tree.examples_of_nodes`. A row that does so although it should not, or the other way round, is a bad one.
     """
     data = TrainingData()
     for path in [paths] if isinstance(paths, Path) else paths:
@@ -178,14 +181,29 @@ def read_data(paths: Path | Sequence[Path], domains: tuple[str, ...] = (), answe
         except UnusableData as error:
             data.unusable.append(error)
             trees, rows = (error.usable, []) if holds_trees else ([], error.usable)
+        if others := [place for place, example in rows if example.prompt.restates != restates]:
+            data.unusable.append(unusable := _not_as_asked(others, rows, restates))
+            rows = unusable.usable
         data.trees += trees
         for tree in trees:
             file = folder / tree.domain / f"{tree.name}.json"
-            rows += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes(answers)]
+            rows += [(f"{file}, node {node}", example) for node, example in tree.examples_of_nodes(answers, restates)]
             data.same_root.update({question: tree.question for question in tree.also_asked})
         data.places += [place for place, _ in rows]
         data.examples += [example for _, example in rows]
     return data
+
+
+def _not_as_asked(places: Sequence[str], rows: Sequence[tuple[str, Example]], restates: bool) -> UnusableData:
+    """The error for rows that restate the question where the setting says no, or the other way round."""
+    problem = (
+        "the answer does not begin with a call of restate" if restates else "the answer begins with a call of restate"
+    )
+    problems = [f"{place}: {problem}" for place in places]
+    message = f"{len(problems)} of {len(rows)} examples cannot be used:\n{list_problems(problems)}"
+    usable = [row for row in rows if row[1].prompt.restates == restates]
+    hint = "train with --reasoning none" if restates else "train with --reasoning restate"
+    return UnusableData(message, hint, problems, usable)
 
 
 def to_jsonl(examples: Sequence[Example]) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,11 +85,11 @@ class Tree:
             children = [choice for choice in answer.follow_ups if choice.target in self.nodes]
             todo += [(choice.target, Prompt(choice.text, history)) for choice in reversed(children)]
 
-    def examples(self, answers: str = "all") -> list[Example]:
+    def examples(self, answers: str = "all", restates: bool = False) -> list[Example]:
         """The training examples; see `examples_of_nodes`."""
-        return [example for _, example in self.examples_of_nodes(answers)]
+        return [example for _, example in self.examples_of_nodes(answers, restates)]
 
-    def examples_of_nodes(self, answers: str = "all") -> list[tuple[str, Example]]:
+    def examples_of_nodes(self, answers: str = "all", restates: bool = False) -> list[tuple[str, Example]]:
         """The training examples with the names of their nodes, in the order of `walk`.
 
         A root with 6 questions and 3 wordings gives 6 examples, a child with 3 questions and 2 wordings gives 3. The
@@ -98,6 +98,8 @@ class Tree:
 
         `answers`: "all" takes a node's wordings in turn, so that each question and each wording occurs at least once;
         "first" answers with the node's first wording every time. Examples that are equal then count once.
+
+        `restates`: each answer begins with the question in full (`question_in_full`), however it was asked.
         """
         examples: dict[Example, str] = {}
         paths: dict[str, tuple[str, ...]] = {self.name: ()}  # the nodes above a node
@@ -113,8 +115,19 @@ class Tree:
                     history += [Utterance("AI", text) for text in _in_turn(self.wordings(above), turn).fragments]
                 question = _in_turn(asked[name], variant)
                 answer = wordings[0] if answers == "first" else _in_turn(wordings, variant)
-                examples.setdefault(Example(Prompt(question, tuple(history)), answer), name)
+                if restates:
+                    in_full = question_in_full([asked[each][0] for each in (*paths[name], name)])
+                    answer = replace(answer, restated=in_full)
+                examples.setdefault(Example(Prompt(question, tuple(history), restates=restates), answer), name)
         return [(name, example) for example, name in examples.items()]
+
+
+def question_in_full(path: Sequence[str]) -> str:
+    """What is asked, of what: the first, the last but one and the last of the questions from the root on.
+
+    "What's a mutex?" then "Example?" becomes "What's a mutex? Example?".
+    """
+    return " ".join(dict.fromkeys((path[0], *path[-2:])))
 
 
 def _in_turn(values: Sequence[T], number: int) -> T:

@@ -12,6 +12,10 @@ with the question, and a model turn of function calls:
     <end_function_call>
     <end_of_turn>
 
+A model may be trained to begin its answer with the question written out in full, by one call of `restate`: what is
+asked, of what ("What's a mutex? Example?"). The prompt then declares this function first. In the field this is called
+question rewriting (Elgohary et al. 2019, "Can You Unpack That?").
+
 `Example.text` returns every text that `parser.parse_example` accepts byte for byte. The parser accepts the text of
 every value of these classes.
 
@@ -58,6 +62,10 @@ DECLARATIONS = (
     "  confidence (float): Confidence 0.0-1.0 (required)\n"
     "  target (string): Target node name (required)\n",
 )
+RESTATE_DECLARATION = (
+    "restate\nWrites out the question in full: what is asked, of what.\nParameters:\n"
+    "  question (string): The question in full (required)\n"
+)
 HISTORY_HEADING = "Conversation history:\n"
 END_OF_QUESTION = f"\n{END_OF_TURN}\n{START_OF_TURN}model\n"
 _TARGET = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*")
@@ -101,7 +109,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question to the model, and the conversation before it.
+    """A question to the model, and the conversation before it. `restates`: the answer begins with a call of `restate`.
 
     Raises ValueError for an empty question, an unknown speaker, and a line break in an utterance or in the date.
     """
@@ -109,6 +117,7 @@ class Prompt:
     question: str
     history: tuple[Utterance, ...] = ()
     timestamp: str = TIMESTAMP
+    restates: bool = False
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -121,10 +130,14 @@ class Prompt:
             if "\n" in utterance.text:
                 raise ValueError(f"line break in the history: {utterance.text!r}")
 
+    @property
+    def declarations(self) -> tuple[str, ...]:
+        return (RESTATE_DECLARATION, *DECLARATIONS) if self.restates else DECLARATIONS
+
     def pieces(self) -> list[str]:
         """The rendered prompt; the model continues after its last piece."""
         pieces: list[str] = [Control(START_OF_TURN), "developer\n" + INSTRUCTION.format(timestamp=self.timestamp)]
-        for declaration in DECLARATIONS:
+        for declaration in self.declarations:
             pieces += [Control(START_DECLARATION), declaration, Control(END_DECLARATION), "\n\n"]
         if self.history:
             lines = [f'  {utterance.speaker}: "{utterance.text}"\n' for utterance in self.history]
@@ -165,13 +178,14 @@ class FollowUp:
 
 @dataclass(frozen=True)
 class Answer:
-    """A valid model turn: 1 to 4 fragments, then exactly 3 follow-ups.
+    """A valid model turn: 1 to 4 fragments, then exactly 3 follow-ups. `restated`: the question in full, before them.
 
-    Raises ValueError for any other number of them, an empty fragment, and a control token in a fragment.
+    Raises ValueError for any other number of them, an empty text, and a control token in a text.
     """
 
     fragments: tuple[str, ...]
     follow_ups: tuple[FollowUp, ...]
+    restated: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.fragments) <= MAX_FRAGMENTS:
@@ -181,9 +195,13 @@ class Answer:
         for fragment in self.fragments:
             if found := text_problem(fragment, "a fragment"):
                 raise ValueError(found[0])
+        if self.restated is not None and (found := text_problem(self.restated, "the restated question")):
+            raise ValueError(found[0])
 
     def pieces(self) -> list[str]:
         pieces: list[str] = []
+        if self.restated is not None:
+            pieces += call_pieces("restate", question=self.restated)
         for fragment in self.fragments:
             pieces += call_pieces("add_text", content=fragment)
         for each in self.follow_ups:
@@ -197,7 +215,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """One training line. Raises ValueError for a question with the end of the user's turn in it."""
+    """One training line.
+
+    Raises ValueError for a question with the end of the user's turn in it, and for an answer that restates the question
+    where the prompt does not declare it, or the other way round.
+    """
 
     prompt: Prompt
     answer: Answer
@@ -206,6 +228,8 @@ class Example:
         # the end may also begin in the question and go on in what is written after it
         if (self.prompt.question + END_OF_QUESTION).index(END_OF_QUESTION) < len(self.prompt.question):
             raise ValueError(f"the question of a training line cannot contain {END_OF_QUESTION!r}")
+        if self.prompt.restates != (self.answer.restated is not None):
+            raise ValueError("the prompt declares restate, or the answer calls it, but not both")
 
     @property
     def text(self) -> str:

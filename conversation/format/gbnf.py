@@ -14,13 +14,14 @@ from collections.abc import Mapping
 
 from conversation.format.calls import MAX_FRAGMENTS, NUM_FOLLOW_UPS
 from conversation.format.control_tokens import CONTROL_TOKENS, Control
-from conversation.format.grammar import ADD_CHOICE, ADD_TEXT, CONFIDENCES, MAX_CHARACTERS, Call, Value
+from conversation.format.grammar import ADD_CHOICE, ADD_TEXT, CONFIDENCES, MAX_CHARACTERS, RESTATE, Call, Value
 
 LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 """What ends a line, by `str.splitlines`; `grammar.is_one_line` allows none of them in a text."""
 WHITE_SPACE = "\t\x1f \xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
 """What else `str.strip` removes: a text does not begin with it, so that it is not blank."""
 _NAMES = {
+    Value.RESTATED: "restated",
     Value.FRAGMENT: "fragment",
     Value.FOLLOW_UP: "question",
     Value.CONFIDENCE: "confidence",
@@ -28,14 +29,21 @@ _NAMES = {
 }
 
 
-def gbnf(ids: Mapping[str, int]) -> str:
-    """The grammar, for a vocabulary in which `ids` gives the id of each control token of the format."""
+def gbnf(ids: Mapping[str, int], restates: bool = False) -> str:
+    """The grammar, for a vocabulary in which `ids` gives the id of each control token of the format.
+
+    `restates`: an answer begins with the question in full.
+    """
     assert all(token[0] == "<" and token[1] in "abcdefghijklmnopqrstuvwxyz" for token in CONTROL_TOKENS)
     unit = f'( [^<{_escaped(LINE_BREAKS)}] | "<" [^<a-z{_escaped(LINE_BREAKS)}] )'
     first = f'( [^<{_escaped(LINE_BREAKS + WHITE_SPACE)}] | "<" [^<a-z{_escaped(LINE_BREAKS)}] )'
     whole, hundredths = sorted({number for number in CONFIDENCES if number >= "1"}), "[0-9] [0-9]"
+    of_restating = {
+        "restate": _call(RESTATE, ids),
+        "restated": f"first unit{{0,{MAX_CHARACTERS[Value.RESTATED] - 1}}}",
+    }
     rules = {
-        "root": f"text{{1,{MAX_FRAGMENTS}}} choice{{{NUM_FOLLOW_UPS}}}",
+        "root": f"{'restate ' if restates else ''}text{{1,{MAX_FRAGMENTS}}} choice{{{NUM_FOLLOW_UPS}}}",
         "text": _call(ADD_TEXT, ids),
         "choice": _call(ADD_CHOICE, ids),
         "fragment": f"first unit{{0,{MAX_CHARACTERS[Value.FRAGMENT] - 1}}}",
@@ -44,6 +52,7 @@ def gbnf(ids: Mapping[str, int]) -> str:
         "target": f'[a-z0-9] ( "_"? [a-z0-9] ){{0,{MAX_CHARACTERS[Value.TARGET] - 1}}}',
         "first": first,
         "unit": unit,
+        **(of_restating if restates else {}),
     }
     return "".join(f"{name} ::= {rule}\n" for name, rule in rules.items())
 

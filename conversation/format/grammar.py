@@ -17,14 +17,21 @@ from conversation.format.control_tokens import CONTROL_PATTERN
 class Value(Enum):
     """The kinds of values in an answer."""
 
+    RESTATED = "restated question"
     FRAGMENT = "fragment"
     FOLLOW_UP = "follow-up"
     CONFIDENCE = "confidence"
     TARGET = "target"
 
 
-MAX_CHARACTERS = {Value.FRAGMENT: 80, Value.FOLLOW_UP: 40, Value.CONFIDENCE: 4, Value.TARGET: 40}
-"""The longest value of each kind. In the project's own data the longest have 56, 40, 4 and 31 characters."""
+MAX_CHARACTERS = {
+    Value.RESTATED: 160,
+    Value.FRAGMENT: 80,
+    Value.FOLLOW_UP: 40,
+    Value.CONFIDENCE: 4,
+    Value.TARGET: 40,
+}
+"""The longest value of each kind. In the project's own data the longest have 121, 56, 40, 4 and 31 characters."""
 CONFIDENCES = frozenset((*(f"0.{hundredths:02d}" for hundredths in range(100)), "1.00"))
 """0.00 to 1.00 as the training data writes them."""
 _TARGET_SO_FAR = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*_?")
@@ -52,6 +59,7 @@ class Call:
         return runs
 
 
+RESTATE = Call("restate", (("question", Value.RESTATED),))
 ADD_TEXT = Call("add_text", (("content", Value.FRAGMENT),))
 ADD_CHOICE = Call("add_choice", (("text", Value.FOLLOW_UP), ("confidence", Value.CONFIDENCE), ("target", Value.TARGET)))
 

@@ -37,7 +37,7 @@ from conversation.format.chat_messages import (
     read_messages,
     without_none,
 )
-from conversation.format.messages import PARAMETERS, as_text
+from conversation.format.messages import PARAMETERS, REQUIRED, as_text
 
 CHATS = ("messages", "conversations")
 ROW_KEYS = (*CHATS, "prompt", "completion", "label", "system", "tools", "functions")
@@ -55,8 +55,7 @@ def from_row(value: dict[str, Any]) -> Example:
     A value of None is one that is not there: tables fill what a row lacks.
     """
     row = without_none({key: value[key] for key in ROW_KEYS if key in value})
-    for key in ("tools", "functions"):
-        _check_tools(key, row.get(key))
+    declared = {key: found for key in ("tools", "functions") if (found := _check_tools(key, row.get(key)))}
     if row.get("label") is False and "completion" in row:
         raise FieldError("label", "false: the completion is a bad answer, leave the row out")
     before, answer = _turns(row)
@@ -66,8 +65,12 @@ def from_row(value: dict[str, Any]) -> Example:
     if question.content is None or not question.content.strip():
         raise FieldError(question.content_place, "the question is empty")
     right = _answer(answer)
+    restates = right.restated is not None
+    for key, names in declared.items():
+        if restates != ("restate" in names):
+            raise FieldError(key, "restate is declared and not called, or the other way round")
     try:
-        return Example(Prompt(question.content, history, timestamp), right)
+        return Example(Prompt(question.content, history, timestamp, restates), right)
     except ValueError as error:
         raise FieldError(question.content_place, str(error)) from None
 
@@ -107,11 +110,11 @@ def _turns(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     return before, answer
 
 
-def _check_tools(key: str, value: Any) -> None:
-    """Raises FieldError unless the declarations, if there are any, are of our two functions."""
+def _check_tools(key: str, value: Any) -> list[str]:
+    """The names of the declared functions. Raises FieldError unless these are ours, or none at all."""
     value = None if value == "" else parsed(key, value)
     if value is None or value == []:
-        return
+        return []
     if not isinstance(value, list):
         raise FieldError(key, f"not a list but {kind(value)}")
     found: list[str] = []
@@ -134,8 +137,9 @@ def _check_tools(key: str, value: Any) -> None:
         if set(names) != set(PARAMETERS[name]):
             expected = ", ".join(PARAMETERS[name])
             raise FieldError(f"{place}.parameters", f"{', '.join(names) or 'none'}, expected {expected}")
-    if missing := [name for name in PARAMETERS if name not in found]:
+    if missing := [name for name in REQUIRED if name not in found]:
         raise FieldError(key, f"{missing[0]} is not declared")
+    return found
 
 
 # --- the parts of an example -----------------------------------------------------------------------------------------
@@ -207,15 +211,20 @@ def _answer(messages: Sequence[Message]) -> Answer:
         raise FieldError(messages[-1].role_place, f"{messages[-1].role!r}, but the last message is the assistant's")
     fragments: list[str] = []
     follow_ups: list[FollowUp] = []
+    restated = None
     for call in (call for message in spoken for call in message.calls):
         if call.name == "add_choice":
             follow_ups.append(_follow_up(call))
+        elif call.name == "restate":
+            if fragments or follow_ups or restated is not None:
+                raise FieldError(f"{call.place}.name", "restate stands once, at the beginning of an answer")
+            restated = _argument(call, "question")
         elif follow_ups:
             raise FieldError(f"{call.place}.name", "add_text after add_choice")
         else:
             fragments.append(_argument(call, "content"))
     try:
-        return Answer(tuple(fragments), tuple(follow_ups))
+        return Answer(tuple(fragments), tuple(follow_ups), restated)
     except ValueError as error:
         place = f"{spoken[0].place}.tool_calls" if len(spoken) == 1 else f"{spoken[0].place} to {spoken[-1].place}"
         raise FieldError(place, str(error)) from None

@@ -9,6 +9,7 @@ from typing import Any
 from conversation.format.calls import INSTRUCTION, TIMESTAMP, Example
 
 PARAMETERS = {
+    "restate": {"question": ("string", "The question in full")},
     "add_text": {"content": ("string", "Response text")},
     "add_choice": {
         "text": ("string", "User's response text"),
@@ -16,12 +17,15 @@ PARAMETERS = {
         "target": ("string", "Target node name"),
     },
 }
-"""The parameters of the two functions: JSON type and description, as the declarations of the prompt have them."""
+"""The parameters of the functions: JSON type and description, as the declarations of the prompt have them."""
+REQUIRED = ("add_text", "add_choice")
+"""The functions that every prompt declares; restate only where the model is trained to call it."""
 DESCRIPTIONS = {
+    "restate": "Writes out the question in full: what is asked, of what.",
     "add_text": "Adds AI response text to current node.",
     "add_choice": "Adds one predicted user response choice.",
 }
-TOOLS = [
+RESTATING_TOOLS = [
     {
         "type": "function",
         "function": {
@@ -36,6 +40,7 @@ TOOLS = [
     }
     for name, parameters in PARAMETERS.items()
 ]
+TOOLS = RESTATING_TOOLS[1:]
 """The declarations as JSON schemas, for `apply_chat_template(..., tools=TOOLS)`."""
 
 
@@ -55,13 +60,15 @@ def to_row(example: Example) -> dict[str, Any]:
             messages[-1]["tool_calls"].append(_call("add_text", content=utterance.text))
         else:
             messages.append(_assistant([_call("add_text", content=utterance.text)]))
-    calls = [_call("add_text", content=text) for text in example.answer.fragments]
+    restated = example.answer.restated
+    calls = [] if restated is None else [_call("restate", question=restated)]
+    calls += [_call("add_text", content=text) for text in example.answer.fragments]
     calls += [
         _call("add_choice", text=each.text, confidence=_as_number(each.confidence), target=each.target)
         for each in example.answer.follow_ups
     ]
     messages += [{"role": "user", "content": example.prompt.question}, _assistant(calls)]
-    return {"messages": messages, "tools": TOOLS}
+    return {"messages": messages, "tools": _tools(example)}
 
 
 def to_sharegpt_row(example: Example) -> dict[str, str | list[dict[str, str]]]:
@@ -78,7 +85,12 @@ def to_sharegpt_row(example: Example) -> dict[str, str | list[dict[str, str]]]:
         else:
             calls = [call["function"] for call in message["tool_calls"]]
             turns.append({"from": "function_call", "value": json.dumps(calls, ensure_ascii=False)})
-    return {"conversations": turns, "system": system, "tools": json.dumps([tool["function"] for tool in TOOLS])}
+    tools = json.dumps([tool["function"] for tool in _tools(example)])
+    return {"conversations": turns, "system": system, "tools": tools}
+
+
+def _tools(example: Example) -> list[dict[str, Any]]:
+    return RESTATING_TOOLS if example.prompt.restates else TOOLS
 
 
 def _assistant(calls: list[dict[str, Any]]) -> dict[str, Any]:

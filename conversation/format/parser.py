@@ -11,6 +11,7 @@ from conversation.format.calls import (
     INSTRUCTION,
     MAX_FRAGMENTS,
     NUM_FOLLOW_UPS,
+    RESTATE_DECLARATION,
     Answer,
     Example,
     FollowUp,
@@ -92,9 +93,14 @@ class _Scanner:
         return value, start
 
 
-def _scan_answer(scan: _Scanner) -> Answer:
+def _scan_answer(scan: _Scanner, restates: bool) -> Answer:
     fragments: list[str] = []
     follow_ups: list[FollowUp] = []
+    restated = None
+    if restates:
+        scan.expect(f"{START_CALL}\ncall:restate{{")
+        restated, _ = scan.argument("question")
+        scan.expect(f"}}\n{END_CALL}\n")
     while not scan.at(END_OF_TURN):
         start = scan.position
         scan.expect(f"{START_CALL}\ncall:add_")
@@ -118,7 +124,7 @@ def _scan_answer(scan: _Scanner) -> Answer:
     if len(follow_ups) != NUM_FOLLOW_UPS:
         raise scan.error(f"{len(follow_ups)} add_choice calls, expected {NUM_FOLLOW_UPS}", kind="number of calls")
     scan.expect(END_OF_TURN)
-    return Answer(tuple(fragments), tuple(follow_ups))
+    return Answer(tuple(fragments), tuple(follow_ups), restated)
 
 
 def _scan_choice(scan: _Scanner) -> FollowUp:
@@ -134,17 +140,28 @@ def _scan_choice(scan: _Scanner) -> FollowUp:
     return FollowUp(text, confidence, target)
 
 
-def parse_answer(text: str, control_tokens: re.Pattern[str] = CONTROL_PATTERN) -> Answer:
+def parse_answer(text: str, control_tokens: re.Pattern[str] = CONTROL_PATTERN, restates: bool = False) -> Answer:
     """Parse a whole model answer, up to and including its `<end_of_turn>`.
 
-    `control_tokens` finds what no value may contain; `tokenizer.answer_pattern` gives that of a vocabulary. Nothing is
-    repaired. Raises FormatError with the position of the first invalid character.
+    `control_tokens` finds what no value may contain; `tokenizer.answer_pattern` gives that of a vocabulary. `restates`:
+    the answer begins with the question in full; else no answer may. Nothing is repaired. Raises FormatError with the
+    position of the first invalid character.
     """
     scan = _Scanner(text, control_tokens)
-    answer = _scan_answer(scan)
+    answer = _scan_answer(scan, restates)
     if scan.position != len(text):
         raise scan.error(f"text after {END_OF_TURN}")
     return answer
+
+
+def parse_restated(text: str) -> str | None:
+    """The question in full with which an answer begins, whatever comes after it; None where there is none."""
+    scan = _Scanner(text)
+    try:
+        scan.expect(f"{START_CALL}\ncall:restate{{")
+        return scan.argument("question")[0]
+    except FormatError:
+        return None
 
 
 def parse_example(text: str) -> Example:
@@ -155,7 +172,8 @@ def parse_example(text: str) -> Example:
     timestamp = scan.until("\n", "the date")
     scan.position -= 1
     scan.expect(after)
-    for declaration in DECLARATIONS:
+    restates = scan.at(f"{START_DECLARATION}{RESTATE_DECLARATION}")
+    for declaration in (RESTATE_DECLARATION, *DECLARATIONS) if restates else DECLARATIONS:
         scan.expect(f"{START_DECLARATION}{declaration}{END_DECLARATION}\n\n")
     history: list[Utterance] = []
     if scan.at(HISTORY_HEADING):
@@ -170,10 +188,10 @@ def parse_example(text: str) -> Example:
     question = scan.until(END_OF_QUESTION, "the user turn")
     if not question.strip():
         raise scan.error("the question is empty", start)
-    answer = _scan_answer(scan)
+    answer = _scan_answer(scan, restates)
     if scan.position != len(text):
         raise scan.error(f"text after {END_OF_TURN}")
-    return Example(Prompt(question, tuple(history), timestamp), answer)
+    return Example(Prompt(question, tuple(history), timestamp, restates), answer)
 
 
 def _scan_utterance(scan: _Scanner) -> Utterance:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from conversation.format import calls
 from conversation.format.control_tokens import END_CALL, END_OF_TURN, ESCAPE, START_CALL, START_OF_TURN
-from conversation.models.tokenizer import control_names
+from conversation.models.tokenizer import RESTATES, control_names
 from conversation.runs.files import write_json
 
 if TYPE_CHECKING:
@@ -20,10 +20,14 @@ CHAT_TEMPLATE = Path(calls.__file__).with_name("chat_template.jinja")
 _NAMES = re.compile(r"(?<=set control_tokens = )\[.*\]")
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that renders the prompts of the training, and keeps the vocabulary's control tokens text."""
+def chat_template(tokenizer: PreTrainedTokenizerBase, restates: bool = False) -> str:
+    """The chat template that renders the prompts of the training, and keeps the vocabulary's control tokens text.
+
+    `restates`: it declares restate before the tools that it is given.
+    """
     names = json.dumps(control_names(tokenizer), ensure_ascii=False)
-    return _NAMES.sub(lambda _: names, CHAT_TEMPLATE.read_text(encoding="utf-8"), count=1)
+    template = _NAMES.sub(lambda _: names, CHAT_TEMPLATE.read_text(encoding="utf-8"), count=1)
+    return template.replace("set restates = false", "set restates = true") if restates else template
 
 
 RESPONSE_TEMPLATE = {
@@ -45,10 +49,12 @@ RESPONSE_TEMPLATE = {
 where tools are given, a confidence becomes a number."""
 
 
-def write_chat_format(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a model folder's chat template, and the response template into its tokenizer_config.json."""
-    (folder / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")
+def write_chat_format(folder: Path, tokenizer: PreTrainedTokenizerBase, restates: bool = False) -> None:
+    """Write a model folder's chat template, and into its tokenizer_config.json the response template and whether the
+    model `restates` questions."""
+    (folder / "chat_template.jinja").write_text(chat_template(tokenizer, restates), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    settings.pop("chat_template", None)  # the base's own
-    write_json(path, {**settings, "response_template": RESPONSE_TEMPLATE})
+    for name in ("chat_template", RESTATES):  # the base's own
+        settings.pop(name, None)
+    write_json(path, {**settings, "response_template": RESPONSE_TEMPLATE, **({RESTATES: True} if restates else {})})

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from conversation.errors import UserError
 from conversation.format import calls
+from conversation.format.messages import TOOLS
 from conversation.models.llama_cpp import quantize
 from conversation.models.weights import text_config
 from conversation.runs.files import read_json, shown
@@ -33,18 +34,6 @@ FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0, Type.Q5_1: Type.F16, Ty
 """Where rows are no whole number of blocks: of 256 for the K types, of 32 for the others."""
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_TOOLS = (
-    ("add_text", "Adds AI response text to current node.", {"content": ("string", "Response text")}),
-    (
-        "add_choice",
-        "Adds one predicted user response choice.",
-        {
-            "text": ("string", "User's response text"),
-            "confidence": ("number", "Confidence 0.0-1.0"),
-            "target": ("string", "Target node name"),
-        },
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -282,11 +271,7 @@ def tolerant_chat_template(template: str) -> str:
     llama.cpp's server tries a template without tools before it starts: the trained ones are declared when none are
     given.
     """
-    tools = []
-    for name, description, arguments in _TOOLS:
-        properties = {key: {"type": kind, "description": text} for key, (kind, text) in arguments.items()}
-        parameters = {"type": "object", "properties": properties, "required": list(properties)}
-        tools.append({"name": name, "description": description, "parameters": parameters})
+    tools = [tool["function"] for tool in TOOLS]
     return (
         "{%- if not tools -%}{%- set tools = " + json.dumps(tools) + " -%}{%- endif -%}\n"
         f"{TOLERANT_MESSAGES.read_text(encoding='utf-8')}{template}"

@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from conversation.models.chat_format import write_chat_format
 from conversation.models.device import training_device
 from conversation.models.merged_model import write_manifest
 from conversation.models.merged_weights import changes_of, write_merged
-from conversation.models.tokenizer import encode_prompt, id_of, load_tokenizer, tokenizer_files
+from conversation.models.tokenizer import encode_exactly, id_of, load_tokenizer, tokenizer_files
 from conversation.models.weights import fp32_bytes, load_model
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
 from conversation.runs.machine import peak_memory_bytes
@@ -41,11 +42,17 @@ LOGIT_TOLERANCE = 2e-4
 
 
 def merge(
-    base_folder: Path, adapters: Path, output: Path, prompts: Sequence[Prompt], adapter_files: dict[str, str]
+    base_folder: Path,
+    adapters: Path,
+    output: Path,
+    prompts: Sequence[Prompt],
+    adapter_files: dict[str, str],
+    restates: bool = False,
 ) -> MergeResult:
     """Merge `adapters` into the model in `base_folder`, verify, and give the folder its final name, `output`.
 
-    `adapter_files`: the hashes of the adapters, for the result.
+    `adapter_files`: the hashes of the adapters, for the result. `restates`: the training's answers begin with the
+    question in full.
 
     Raises UserError when the adapters do not fit the base, when a value is not finite, or when the model read back from
     disk differs from base and adapters. Then the final name is not touched.
@@ -53,7 +60,7 @@ def merge(
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer = load_tokenizer(base_folder)
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [encode_exactly(tokenizer, replace(prompt, restates=restates)) for prompt in prompts]
     end_of_turn = id_of(tokenizer, END_OF_TURN)
     model = _with_adapters(base_folder, adapters)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -75,7 +82,7 @@ def merge(
             settings.save_pretrained(part)
             for path in tokenizer_files(base_folder):
                 shutil.copy(path, part)
-            write_chat_format(part, load_tokenizer(part))
+            write_chat_format(part, load_tokenizer(part), restates)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             cause = error if isinstance(error, OSError) else OSError(_os_error(error), str(error))

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -49,6 +49,10 @@ PROBES = (
     ),
 )
 """Fixed texts for fingerprint and audit: control tokens of the format and typed ones, code, accents, numbers."""
+
+
+RESTATES = "restates_questions"
+"""In tokenizer_config.json: the model begins its answers with the question in full (`Prompt.restates`)."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +167,21 @@ def _answer_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern
     return pattern_of(special_names(tokenizer))
 
 
-def encode_prompt(
+def restates(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model of this tokenizer begins its answers with the question in full: its tokenizer_config.json says
+    so (`chat_format.write_chat_format`)."""
+    return bool(tokenizer.init_kwargs.get(RESTATES))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Ids of a prompt to a model, in the form that it was trained on; `<bos>` first if the tokenizer has one."""
+    return encode_exactly(tokenizer, replace(prompt, restates=restates(tokenizer)))
+
+
+def encode_exactly(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, to_cut: re.Pattern[str] | None = None
 ) -> list[int]:
-    """Ids of a prompt, `<bos>` first if the tokenizer has one."""
+    """Ids of a prompt as it is, whatever the tokenizer's model was trained on."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + encode(tokenizer, prompt.pieces(), to_cut)
 
@@ -175,7 +190,7 @@ def encode_example(
     tokenizer: PreTrainedTokenizerBase, example: Example, to_cut: re.Pattern[str] | None = None
 ) -> EncodedExample:
     """Ids of a training example: those of its prompt, then those of its answer."""
-    prompt = encode_prompt(tokenizer, example.prompt, to_cut)
+    prompt = encode_exactly(tokenizer, example.prompt, to_cut)
     return EncodedExample((*prompt, *encode(tokenizer, example.answer.pieces(), to_cut)), len(prompt))
 
 

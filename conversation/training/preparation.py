@@ -107,7 +107,7 @@ def prepare(config: TrainingConfig) -> Prepared:
         from conversation.training.trackers import check_trackers
 
         check_trackers(config.trackers)
-    data = read_data(data_paths(config), config.domain_names, config.answers)
+    data = read_data(data_paths(config), config.domain_names, config.answers, config.reasoning == "restate")
     failed: dict[int, str] = {}
     try:
         base_folder = find_base_model(config.base_model)

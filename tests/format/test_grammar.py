@@ -8,7 +8,7 @@ from conversation.format.calls import Answer, FollowUp
 from conversation.format.grammar import ADD_CHOICE, ADD_TEXT, MAX_CHARACTERS, Value, may_end, may_go_on
 from conversation.format.parser import parse_answer
 
-TEXT = st.text(st.sampled_from("aZ09 _.<>?\n\u2028é😀") | st.characters(), max_size=90) | st.just("<escape>")
+TEXT = st.text(st.sampled_from("aZ09 _.<>?\n\u2028é😀") | st.characters(), max_size=170) | st.just("<escape>")
 
 
 def test_every_value_of_the_data_can_be_written_a_character_at_a_time(own_examples):
@@ -28,17 +28,24 @@ def test_every_value_of_the_data_can_be_written_a_character_at_a_time(own_exampl
 @given(st.sampled_from(Value), TEXT | st.from_regex(r"[a-z0-9_]{1,42}|[0-9.]{1,5}", fullmatch=True))
 def test_what_may_be_written_is_valid(kind, text):
     if may_go_on(kind, text) and may_end(kind, text):
-        fragment, follow_up, number, name = (text if each is kind else ok for each, ok in zip(Value, OK, strict=True))
-        answer = Answer((fragment,), 3 * (FollowUp(follow_up, number, name),))
-        assert parse_answer(answer.text) == answer and len(text) <= MAX_CHARACTERS[kind] and "\n" not in text
+        restated, fragment, follow_up, number, name = (
+            text if each is kind else ok for each, ok in zip(Value, OK, strict=True)
+        )
+        answer = Answer((fragment,), 3 * (FollowUp(follow_up, number, name),), restated)
+        assert (
+            parse_answer(answer.text, restates=True) == answer
+            and len(text) <= MAX_CHARACTERS[kind]
+            and "\n" not in text
+        )
 
 
-OK = ("It depends.", "Why?", "0.50", "why")
+OK = ("What's a lock?", "It depends.", "Why?", "0.50", "why")
 
 
 @pytest.mark.parametrize(
     "kind, texts",
     [
+        (Value.RESTATED, ["a" * 161, "a\nb", " ", "a<escape>"]),
         (Value.FRAGMENT, ["a" * 81, "a\nb", "a\rb", "a\u2028b", " ", "a<escape>", "<end_of_turn>"]),
         (Value.FOLLOW_UP, ["a" * 41]),
         (Value.CONFIDENCE, ["1.01", "0.500", "00", ".5", "-", "1e", "2"]),

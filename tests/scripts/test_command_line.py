@@ -189,6 +189,7 @@ EVERY_SETTING_CHANGED = TrainingConfig(
     base_model="some/model",
     training_data="a folder/with spaces",
     domains="programming,systems",
+    reasoning="restate",
     loss_on="all",
     held_out_share=0.25,
     num_train_epochs=1.5,
