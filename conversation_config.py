@@ -189,8 +189,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "base_model": STAND_IN,
         "training_data": "starter",  # 60 topics; the evaluation asks about 50 of them
-        "answers": "first",  # a root's is seen 9 times, a child's 4 or 5; several would each be half learnt
-        "max_steps": 330,
+        "answers": "first",  # a root's is seen 8 times, a child's 4; several would each be half learnt
+        "reasoning": "restate",  # new words for a known question then lead to what was learnt
+        "max_steps": 300,
         "gradient_accumulation_steps": 4,
         "learning_rate": 1e-3,
         "warmup_steps": 10,
