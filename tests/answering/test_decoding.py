@@ -300,6 +300,7 @@ SPELLED = (
     "<e<e",
 )
 SO_FAR = {
+    Value.RESTATED: ("", "What's a lock?", "x" * 159, "x" * 160),
     Value.FRAGMENT: ("", "It", "a " * 39, "x" * 80, "a < b", "<escape", "<end_of_turn", *SPELLED),
     Value.FOLLOW_UP: ("", "Why", "x" * 38),
     Value.CONFIDENCE: ("", "0", "0.", "0.5", "0.57", "1", "1.0", "1.00"),
