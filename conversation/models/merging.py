@@ -7,7 +7,6 @@ end of the turn, the chat template of the training prompts, and the manifest `co
 from __future__ import annotations
 
 import errno
-import gc
 import math
 import re
 import shutil
@@ -31,7 +30,7 @@ from conversation.models.merged_weights import changes_of, write_merged
 from conversation.models.tokenizer import encode_exactly, id_of, load_tokenizer, tokenizer_files
 from conversation.models.weights import fp32_bytes, load_model
 from conversation.runs.files import cannot_write, file_hashes, replace_folder
-from conversation.runs.machine import peak_memory_bytes
+from conversation.runs.machine import give_memory_back, peak_memory_bytes
 from conversation.runs.record import MergeResult, now
 from conversation_config import MAX_NEW_TOKENS
 
@@ -74,7 +73,7 @@ def merge(
         pad_token_id=tokenizer.pad_token_id,
     )
     del model
-    gc.collect()
+    give_memory_back()
     try:
         try:
             part.mkdir(parents=True)
@@ -87,6 +86,7 @@ def merge(
             shutil.rmtree(part, ignore_errors=True)
             cause = error if isinstance(error, OSError) else OSError(_os_error(error), str(error))
             raise cannot_write(output, cause, fp32_bytes(base_folder)) from None
+        give_memory_back()
         found = _verify(part, prompt_ids, expected, end_of_turn, tied)
         files = file_hashes(part)
         write_manifest(part, files)
