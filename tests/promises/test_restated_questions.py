@@ -215,6 +215,28 @@ def test_a_model_that_does_not_restate_writes_no_such_call(merged_tiny):
     assert parse_answer(decode(tokenizer, ids)).restated is None
 
 
+def test_an_export_carries_it_into_the_file_the_grammar_and_the_modelfile(restating_folder, tmp_path):
+    flags = (
+        "--model",
+        restating_folder,
+        "--output",
+        tmp_path / "gguf",
+        "--type",
+        "f32",
+        "--force",
+    )  # it learnt nothing
+    status, said = finished("export_conversation_model.py", *flags, output=tmp_path / "out")
+    assert status == 0, said
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    engine = open_engine(file)
+    assert engine.vocabulary.restates
+    assert engine.vocabulary.encode_prompt(PLAIN.prompt) == encode_prompt(
+        load_tokenizer(restating_folder), PLAIN.prompt
+    )
+    assert "root ::= restate " in (tmp_path / "gguf" / "conversation.gbnf").read_text()
+    assert "declaration>restate\n" in (tmp_path / "gguf" / "Modelfile").read_text()
+
+
 def test_what_a_model_knows_is_asked_behind_the_question_as_it_wrote_it(restating_folder):
     model, tokenizer = load_model(restating_folder).eval(), load_tokenizer(restating_folder)
     cases = [case for path in EVALUATION_QUESTIONS for case in read_held_out(path)][:6]
