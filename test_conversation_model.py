@@ -5,7 +5,8 @@
     test_conversation_model.py --run_dir RUN                   that run
     test_conversation_model.py --model FOLDER                  a merged model folder alone; writes nothing
 
-A test passes when the whole answer, decoded greedily, is valid: 1 to 4 add_text calls, then exactly 3 add_choice calls,
+A test passes when the whole answer, decoded greedily, is valid: 1 to 4 add_text calls (after the
+restated question, where the model was trained to begin with it), then exactly 3 add_choice calls,
 then the end of the turn. Twenty held-out questions are also asked and counted; they do not gate.
 Writes structural_tests.json and report.md into the run folder.
 Exit status: 0 all three passed; 1 one failed; 2 not started.

@@ -125,7 +125,9 @@ class Writer:
         self._said: dict[Value, list[str]] = {kind: [] for kind in Value}
         ids: list[int] = []
         if self._tokens.vocabulary.restates:
+            self._draw = None  # another answer, not an answer to another question
             yield self._write_call(ids, RESTATE, self._restate)
+            self._draw = draw
         while self._another_fragment(ids):
             yield self._write_call(ids, ADD_TEXT, self._text)
         for _ in range(NUM_FOLLOW_UPS):

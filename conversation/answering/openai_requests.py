@@ -16,7 +16,7 @@ from conversation.answering.decoding import Decoding
 from conversation.answering.refusals import Refused
 from conversation.format import strict_json
 from conversation.format.calls import Prompt, Utterance
-from conversation.format.grammar import ADD_CHOICE, ADD_TEXT
+from conversation.format.grammar import ADD_CHOICE, ADD_TEXT, RESTATE
 
 FUNCTIONS = (ADD_TEXT.function, ADD_CHOICE.function)
 MAX_ANSWERS = 8
@@ -158,6 +158,8 @@ def _functions(body: dict[str, Any]) -> tuple[str, ...]:
         at = f"tools[{number}]"
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
+        if name == RESTATE.function:
+            continue  # a reader gets no such call
         if name not in FUNCTIONS:
             shown = repr(name[:60]) if isinstance(name, str) else "a tool without a name"
             raise _wrong(at, f"{shown} cannot be called: this model was trained on {' and '.join(FUNCTIONS)}")

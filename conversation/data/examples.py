@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from conversation.data.rows import (
     read_parquet,
     tell_of_earlier_answers,
 )
-from conversation.data.trees import Tree, read_listed_trees, read_trees
+from conversation.data.trees import Tree, question_in_full, read_listed_trees, read_trees
 from conversation.errors import UnusableData, UserError, list_problems
 from conversation.format import strict_json
 from conversation.format.calls import Example
@@ -150,7 +150,8 @@ def read_data(
     """The examples with their places, and the bad lines and trees. Raises UserError for what is no data at all.
 
     `answers`, `restates`: the wordings of a tree's answers that are taken, and whether these begin with the question in
-    full, see `Tree.examples_of_nodes`. A row that does so although it should not, or the other way round, is a bad one.
+    full, see `Tree.examples_of_nodes`. A row that should begin so and does not gets the call, from the questions in its
+    history; one that does although it should not is a bad one.
     """
     data = TrainingData()
     for path in [paths] if isinstance(paths, Path) else paths:
@@ -181,8 +182,10 @@ def read_data(
         except UnusableData as error:
             data.unusable.append(error)
             trees, rows = (error.usable, []) if holds_trees else ([], error.usable)
-        if others := [place for place, example in rows if example.prompt.restates != restates]:
-            data.unusable.append(unusable := _not_as_asked(others, rows, restates))
+        if restates:
+            rows = [(place, restating(example)) for place, example in rows]
+        elif restated := [place for place, example in rows if example.prompt.restates]:
+            data.unusable.append(unusable := _restated(restated, rows))
             rows = unusable.usable
         data.trees += trees
         for tree in trees:
@@ -194,16 +197,21 @@ def read_data(
     return data
 
 
-def _not_as_asked(places: Sequence[str], rows: Sequence[tuple[str, Example]], restates: bool) -> UnusableData:
-    """The error for rows that restate the question where the setting says no, or the other way round."""
-    problem = (
-        "the answer does not begin with a call of restate" if restates else "the answer begins with a call of restate"
-    )
-    problems = [f"{place}: {problem}" for place in places]
+def restating(example: Example) -> Example:
+    """The example with an answer that begins with the question in full, from the questions that it holds."""
+    if example.prompt.restates:
+        return example
+    asked = [line.text for line in example.prompt.history if line.speaker == "User"]
+    in_full = question_in_full([" ".join(text.split()) for text in (*asked, example.prompt.question)])
+    return Example(replace(example.prompt, restates=True), replace(example.answer, restated=in_full))
+
+
+def _restated(places: Sequence[str], rows: Sequence[tuple[str, Example]]) -> UnusableData:
+    """The error for rows whose answers begin with a call of restate where none is to be trained."""
+    problems = [f"{place}: the answer begins with a call of restate" for place in places]
     message = f"{len(problems)} of {len(rows)} examples cannot be used:\n{list_problems(problems)}"
-    usable = [row for row in rows if row[1].prompt.restates == restates]
-    hint = "train with --reasoning none" if restates else "train with --reasoning restate"
-    return UnusableData(message, hint, problems, usable)
+    usable = [row for row in rows if not row[1].prompt.restates]
+    return UnusableData(message, "train with --reasoning restate", problems, usable)
 
 
 def to_jsonl(examples: Sequence[Example]) -> bytes:

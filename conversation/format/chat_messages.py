@@ -33,7 +33,7 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """A call of add_text or add_choice. `place`: of the function, as `messages[2].tool_calls[0].function`."""
+    """A call of restate, add_text or add_choice. `place`: of the function, as `messages[2].tool_calls[0].function`."""
 
     place: str
     name: str
@@ -142,7 +142,7 @@ def _call(place: str, call: Any) -> Call:
         raise FieldError(place, f"not an object but {kind(function)}")
     name = function.get("name")
     if not isinstance(name, str) or name not in PARAMETERS:
-        raise FieldError(f"{place}.name", f"{name!r} is neither add_text nor add_choice")
+        raise FieldError(f"{place}.name", f"{name!r} is none of {', '.join(PARAMETERS)}")
     arguments = as_object(f"{place}.arguments", function.get("arguments"))
     if unknown := sorted(set(arguments) - set(PARAMETERS[name])):
         raise FieldError(f"{place}.arguments.{unknown[0]}", f"{name} has no such parameter")

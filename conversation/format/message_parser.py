@@ -67,8 +67,10 @@ def from_row(value: dict[str, Any]) -> Example:
     right = _answer(answer)
     restates = right.restated is not None
     for key, names in declared.items():
-        if restates != ("restate" in names):
-            raise FieldError(key, "restate is declared and not called, or the other way round")
+        if restates and "restate" not in names:
+            raise FieldError(key, "restate is called and not declared")
+        if "restate" in names and not restates:
+            raise FieldError(key, "restate is declared and not called")
     try:
         return Example(Prompt(question.content, history, timestamp, restates), right)
     except ValueError as error:
@@ -128,7 +130,7 @@ def _check_tools(key: str, value: Any) -> list[str]:
         if not isinstance(name, str):
             raise FieldError(f"{place}.name", f"not a text but {kind(name)}")
         if name not in PARAMETERS:
-            raise FieldError(f"{place}.name", f"{name!r} is neither add_text nor add_choice")
+            raise FieldError(f"{place}.name", f"{name!r} is none of {', '.join(PARAMETERS)}")
         if name in found:
             raise FieldError(f"{place}.name", f"{name} is declared twice")
         found.append(name)

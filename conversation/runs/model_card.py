@@ -131,6 +131,7 @@ def _body(run: RunFolder, record: RunRecord, relation: str) -> str:
             "",
             f"{what} {base}. It answers a question by function calls: one to four short fragments (`add_text`), then",
             "three follow-up questions with confidence and target (`add_choice`).",
+            *(["Before them it writes the question out in full (`restate`)."] if config.reasoning == "restate" else []),
             "",
             "## Use",
             "",

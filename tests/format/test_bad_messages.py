@@ -126,8 +126,8 @@ DEFECTS = {
     "conversations[0].value[0]: not a call but a text": lambda v: v.update(
         messages=None, conversations=[{"from": "function_call", "value": '["x"]'}]
     ),
-    "tools[0].function.name: 'say' is neither": lambda v: v["tools"][0]["function"].update(name="say"),
-    "tools[0].name: 'say' is neither": lambda v: v.update(tools=[{"name": "say", "parameters": {}}]),
+    "tools[0].function.name: 'say' is none of": lambda v: v["tools"][0]["function"].update(name="say"),
+    "tools[0].name: 'say' is none of": lambda v: v.update(tools=[{"name": "say", "parameters": {}}]),
     "tools[0].parameters: none, expected content": lambda v: v.update(tools=[{"name": "add_text", "parameters": {}}]),
     "tools: add_choice is not declared": lambda v: v["tools"].pop(),
     "tools[1].function.name: add_text is declared twice": lambda v: v["tools"].insert(1, v["tools"][0]),

@@ -88,9 +88,9 @@ def test_messages_are_read_back_as_they_were(write):
 
 def test_messages_that_call_what_they_do_not_declare_are_refused_with_the_place():
     row = to_row(EXAMPLE)
-    with pytest.raises(FieldError, match=r"^tools: restate is declared and not called, or the other way round"):
+    with pytest.raises(FieldError, match=r"^tools: restate is called and not declared"):
         from_row(row | {"tools": TOOLS})
-    with pytest.raises(FieldError, match=r"^tools: restate is declared"):
+    with pytest.raises(FieldError, match=r"^tools: restate is declared and not called"):
         from_row(to_row(PLAIN) | {"tools": RESTATING_TOOLS})
     assert from_row({"messages": row["messages"]}) == EXAMPLE
     calls = row["messages"][-1]["tool_calls"]
@@ -128,17 +128,24 @@ def test_no_question_of_ours_is_longer_in_full_than_the_grammar_lets_a_model_wri
         assert max(len(example.answer.restated) for example in examples) <= MAX_CHARACTERS[Value.RESTATED]
 
 
-@pytest.mark.parametrize("restating", [True, False])
-def test_rows_of_the_other_kind_are_refused_with_their_places(tmp_path, restating):
+def test_rows_that_restate_are_refused_with_their_places_where_nothing_is_to_restate(tmp_path):
     path = tmp_path / "rows.jsonl"
-    right, wrong = (EXAMPLE, PLAIN) if restating else (PLAIN, EXAMPLE)
-    path.write_bytes(to_jsonl([right, wrong, right]))
-    data = read_data(path, restates=restating)
-    assert data.examples == [right, right] and data.places == [f"{path}:1", f"{path}:3"]
-    other = "none" if restating else "restate"
+    path.write_bytes(to_jsonl([PLAIN, EXAMPLE, PLAIN]))
+    data = read_data(path)
+    assert data.examples == [PLAIN, PLAIN] and data.places == [f"{path}:1", f"{path}:3"]
     with pytest.raises(UserError, match=r"1 of 3 examples cannot be used:\n.*rows\.jsonl:2: the answer") as caught:
         data.check()
-    assert f"--reasoning {other}" in caught.value.hint
+    assert "--reasoning restate" in caught.value.hint
+
+
+def test_rows_without_the_call_get_it_from_the_questions_in_their_history(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    odd = Example(Prompt("Why\n is it?"), PLAIN.answer)
+    path.write_bytes(to_jsonl([PLAIN, EXAMPLE, odd]))
+    found = read_data(path, restates=True).check().examples
+    assert [each.answer.restated for each in found] == ["What's a lock? Show me one.", ANSWER.restated, "Why is it?"]
+    assert found[1] == EXAMPLE and all(each.prompt.restates for each in found)
+    assert found[0].answer.fragments == PLAIN.answer.fragments and parse_example(found[0].text) == found[0]
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------
