@@ -73,7 +73,7 @@ def test_every_bad_line_of_messages_is_listed_with_field_and_reason(tmp_path, ro
     problems = str(caught.value).splitlines()
     assert problems[0] == "3 of 6 lines cannot be used:"
     assert problems[1].strip() == f"{path}:2: messages[1].tool_calls: 5 follow-ups, expected 3"
-    assert problems[2].strip().startswith(f"{path}:4: messages[1].tool_calls[0].function.name: 'say' is neither")
+    assert problems[2].strip().startswith(f"{path}:4: messages[1].tool_calls[0].function.name: 'say' is none of")
     assert problems[3].strip().startswith(f"{path}:5: messages[0].content: a system message has no place")
 
 
