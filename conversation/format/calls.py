@@ -107,6 +107,11 @@ class Utterance:
     text: str
 
 
+def declarations(restates: bool) -> tuple[str, ...]:
+    """What a prompt declares, in order; restate first where the answer begins with it."""
+    return (RESTATE_DECLARATION, *DECLARATIONS) if restates else DECLARATIONS
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A question to the model, and the conversation before it. `restates`: the answer begins with a call of `restate`.
@@ -130,14 +135,10 @@ class Prompt:
             if "\n" in utterance.text:
                 raise ValueError(f"line break in the history: {utterance.text!r}")
 
-    @property
-    def declarations(self) -> tuple[str, ...]:
-        return (RESTATE_DECLARATION, *DECLARATIONS) if self.restates else DECLARATIONS
-
     def pieces(self) -> list[str]:
         """The rendered prompt; the model continues after its last piece."""
         pieces: list[str] = [Control(START_OF_TURN), "developer\n" + INSTRUCTION.format(timestamp=self.timestamp)]
-        for declaration in self.declarations:
+        for declaration in declarations(self.restates):
             pieces += [Control(START_DECLARATION), declaration, Control(END_DECLARATION), "\n\n"]
         if self.history:
             lines = [f'  {utterance.speaker}: "{utterance.text}"\n' for utterance in self.history]

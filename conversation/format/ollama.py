@@ -8,7 +8,7 @@ content; a client sends it back beside the calls, and the template leaves it out
 
 from __future__ import annotations
 
-from conversation.format.calls import HISTORY_HEADING, INSTRUCTION, TIMESTAMP, Prompt
+from conversation.format.calls import HISTORY_HEADING, INSTRUCTION, TIMESTAMP, declarations
 from conversation.format.control_tokens import (
     END_DECLARATION,
     END_OF_TURN,
@@ -20,9 +20,8 @@ from conversation_config import MAX_NEW_TOKENS
 
 def modelfile(gguf_name: str, restates: bool = False) -> str:
     """The Modelfile beside a GGUF file of that name. `restates`: the model begins with the question in full."""
-    declarations = Prompt("?", restates=restates).declarations
     developer = f"{START_OF_TURN}developer\n{INSTRUCTION.format(timestamp=TIMESTAMP)}"
-    developer += "".join(f"{START_DECLARATION}{each}{END_DECLARATION}\n\n" for each in declarations)
+    developer += "".join(f"{START_DECLARATION}{each}{END_DECLARATION}\n\n" for each in declarations(restates))
     last = "eq (len (slice $.Messages $i)) 1"
     each = "{{ range $i, $m := .Messages }}"  # without hyphens: they would take the line breaks away
     history = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from conversation.format.calls import (
-    DECLARATIONS,
     END_OF_QUESTION,
     HISTORY_HEADING,
     INSTRUCTION,
@@ -18,6 +17,7 @@ from conversation.format.calls import (
     Prompt,
     Utterance,
     confidence_problem,
+    declarations,
     target_problem,
     text_problem,
 )
@@ -173,7 +173,7 @@ def parse_example(text: str) -> Example:
     scan.position -= 1
     scan.expect(after)
     restates = scan.at(f"{START_DECLARATION}{RESTATE_DECLARATION}")
-    for declaration in (RESTATE_DECLARATION, *DECLARATIONS) if restates else DECLARATIONS:
+    for declaration in declarations(restates):
         scan.expect(f"{START_DECLARATION}{declaration}{END_DECLARATION}\n\n")
     history: list[Utterance] = []
     if scan.at(HISTORY_HEADING):
